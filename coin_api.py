@@ -1,0 +1,285 @@
+"""Ask CoinAPI for the current price of several assets in one request.
+
+HTTP and nothing else: no threads, no WebSocket. `CoinApi` asks the real service, `DemoApi` makes
+prices up; both have `fetch_prices(asset_ids)`, and whatever else has it can take their place.
+"""
+
+import io
+import json
+import math
+import random
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPResponse
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+
+DEFAULT_URL = "https://rest.coinapi.io"
+CONNECT_TIMEOUT = 3.0  # seconds
+ANSWER_TIMEOUT = 10.0  # seconds for status line, headers and body together
+MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
+MAX_RETRY_AFTER = 900.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class PriceUpdate:
+    """One price of one asset.
+
+    asset_id: CoinAPI's id, like "BTC".
+    price: in the quote currency; finite and above 0. CoinAPI's `rate`: a volume-weighted average
+        of the last 24 hours, not the last trade.
+    time: when CoinAPI computed it, as CoinAPI wrote it: "2026-11-22T07:44:05.1234567Z".
+    """
+
+    asset_id: str
+    price: float
+    time: str
+
+    def to_json(self) -> str:
+        """The message that clients get: compact JSON on one line."""
+        fields = {"asset_id": self.asset_id, "price": self.price, "time": self.time}
+        return json.dumps(fields, separators=(",", ":"))
+
+
+class CoinApiError(Exception):
+    """A poll that brought no prices; its text is one line for the log.
+
+    retry_after: seconds that CoinAPI asked to wait (at most 900), or None.
+    key_refused: CoinAPI does not know the key; trying again will not help.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None, key_refused: bool = False):
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.key_refused = key_refused
+
+
+class CoinApi:
+    """CoinAPI's exchange rates, one request for all assets.
+
+    quote: the currency of the prices, like "USD".
+    url: another CoinAPI host; plain http only to a loopback address, because the key travels along.
+    credits_used, credits_left: what CoinAPI last said of them, or None; left can be negative.
+
+    Raises ValueError for a key or url that cannot be used, without showing the key.
+    Source: GET /v1/exchangerate/{quote} of https://docs.coinapi.io.
+    """
+
+    def __init__(self, key: str, quote: str = "USD", url: str = DEFAULT_URL):
+        # Checked here because requests would show a bad header's value in its error.
+        if not re.fullmatch(r"[!-~]+", key):
+            raise ValueError("COIN_API_KEY must be printable ASCII without spaces: copy it again from CoinAPI")
+        self._key = key
+        parts = _split_url(url)
+        if parts is None:
+            raise ValueError(f"COIN_API_URL is {self._clean(url)!r}: it must be https://HOST[:PORT][/PATH]")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            raise ValueError(
+                f"COIN_API_URL is {self._clean(url)!r}: http would send the key unencrypted, "
+                "so only a loopback address may have it; use https"
+            )
+        self._url = f"{url.rstrip('/')}/v1/exchangerate/{quote}"
+        self.credits_used: int | None = None
+        self.credits_left: int | None = None
+        self._session = requests.Session()
+        self._session.mount("https://", _DeadlineAdapter())
+        self._session.mount("http://", _DeadlineAdapter())
+        # A proxy named in the environment must not see the key of a loopback address.
+        self._session.trust_env = parts.scheme == "https"
+        self._session.headers["X-CoinAPI-Key"] = key
+        self._session.headers["Accept"] = "application/json"
+
+    def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]:
+        """The current price of each asset, in the order asked for; blocks for up to 13 s.
+
+        An asset that CoinAPI leaves out, or gives no sound rate for, is not in the list.
+        Raises CoinApiError, and nothing else, when there is no usable answer.
+        """
+        query = {"filter_asset_id": ",".join(asset_ids), "invert": "true"}
+        try:
+            # A redirect would carry the key to another host: requests drops only Authorization.
+            with self._session.get(
+                self._url, params=query, timeout=(CONNECT_TIMEOUT, ANSWER_TIMEOUT), allow_redirects=False, stream=True
+            ) as response:
+                self._read_credits(response)
+                body = _read_body(response)
+        except requests.RequestException as error:
+            raise CoinApiError(f"no answer from CoinAPI: {self._clean(_cause(error))}") from error
+        if response.status_code != 200:
+            raise self._refusal(response, body)
+        return self._parse(body, asset_ids)
+
+    def _parse(self, body: bytes, asset_ids: Sequence[str]) -> list[PriceUpdate]:
+        try:
+            # parse_int: an integer of thousands of digits is infinite, not an error of the whole answer.
+            answer = json.loads(body, parse_int=float)
+        except (ValueError, RecursionError):
+            raise CoinApiError(f"CoinAPI's answer is not JSON: {self._clean(body) or '(empty)'}") from None
+        rates = answer.get("rates") if isinstance(answer, dict) else None
+        if not isinstance(rates, list):
+            raise CoinApiError(f"CoinAPI's answer has no list of rates: {self._clean(body)}")
+        prices: dict[str, PriceUpdate] = {}
+        for rate in rates:
+            match rate:
+                case {"asset_id_quote": str(asset_id), "rate": float(price), "time": str(at)}:
+                    if math.isfinite(price) and price > 0:
+                        prices[asset_id] = PriceUpdate(asset_id, price, at)
+        updates = [prices[asset_id] for asset_id in asset_ids if asset_id in prices]
+        if not updates:
+            raise CoinApiError(f"CoinAPI's answer has no price for {', '.join(asset_ids)}: {self._clean(body)}")
+        return updates
+
+    def _refusal(self, response: requests.Response, body: bytes) -> CoinApiError:
+        try:
+            fields = json.loads(body)
+            said = fields.get("detail") or fields.get("error") or fields.get("message") or ""
+        except (ValueError, RecursionError, AttributeError):
+            said = body
+        said = self._clean(said)
+        refused = response.status_code == 401
+        message = "CoinAPI refused the key (401)" if refused else f"CoinAPI answered {response.status_code}"
+        if response.is_redirect:
+            said = "a redirect, which is not followed: check COIN_API_URL"
+        return CoinApiError(f"{message}: {said}" if said else message, _retry_after(response), refused)
+
+    def _read_credits(self, response: requests.Response) -> None:
+        # CoinAPI renamed these headers and leaves them out at times: the last known numbers stay.
+        used = _whole(response, "X-RateLimit-Used")
+        left = _whole(response, "X-RateLimit-Remaining")
+        if left is None:
+            left = _whole(response, "X-RateLimit-Quota-Remaining")
+        allocated = _whole(response, "X-RateLimit-Quota-Allocated")
+        if used is None and allocated is not None and left is not None:
+            used = allocated - left
+        self.credits_used = self.credits_used if used is None else used
+        self.credits_left = self.credits_left if left is None else left
+
+    def _clean(self, text: object) -> str:
+        """What came from outside, fit for a log: one short line, printable, and never the key."""
+        line = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        line = line.replace(self._key, "[key]")  # before the cut, which could leave a part of it
+        line = " ".join("".join(char if char.isprintable() else " " for char in line[:1000]).split())
+        return line if len(line) <= 200 else line[:200] + "…"
+
+
+class DemoApi:
+    """Simulated prices, for trying the server out without a key: a random walk for each asset."""
+
+    def __init__(self) -> None:
+        self.credits_used: int | None = None
+        self.credits_left: int | None = None
+        self._prices = {"BTC": 45000.0, "ETH": 3000.0, "XRP": 0.6, "BCH": 300.0, "ADA": 0.5, "LTC": 75.0}
+        self._prices |= {"LINK": 15.0, "XLM": 0.12, "DOT": 7.0, "SOL": 100.0}
+
+    def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]:
+        """The next step of each asset's walk, about a tenth of a per cent; an unknown asset starts at 10."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f0Z")
+        for asset_id in asset_ids:
+            price = self._prices.get(asset_id, 10.0) * math.exp(random.gauss(0, 0.001))
+            self._prices[asset_id] = float(f"{price:.7g}")
+        return [PriceUpdate(asset_id, self._prices[asset_id], now) for asset_id in asset_ids]
+
+
+class _DeadlineReader(io.RawIOBase):
+    """A socket's bytes until a deadline for all of them: a plain timeout starts anew with each byte."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase):
+        self._sock = sock
+        self._raw = raw
+        self._deadline = time.monotonic() + ANSWER_TIMEOUT
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _DeadlineResponse(HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach()))
+
+
+class _DeadlineAdapter(HTTPAdapter):
+    """Gives each connection, over a proxy or not, a response class that keeps the deadline."""
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        if not issubclass(pool.ConnectionCls, _Deadline):
+            pool.ConnectionCls = type("DeadlineConnection", (_Deadline, pool.ConnectionCls), {})
+        return pool
+
+
+class _Deadline:
+    response_class = _DeadlineResponse
+
+
+def _read_body(response: requests.Response) -> bytes:
+    body = bytearray()
+    for chunk in response.iter_content(1 << 16):
+        body += chunk
+        if len(body) > MAX_ANSWER:
+            raise CoinApiError(f"CoinAPI's answer is larger than {MAX_ANSWER} bytes")
+    return bytes(body)
+
+
+def _split_url(url: str) -> SplitResult | None:
+    """The parts of an address that requests can be sent to, or None."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises ValueError for one that is no number
+    except ValueError:
+        return None
+    plain = re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~/-]*)?", url, re.ASCII | re.IGNORECASE)
+    return parts if plain and parts.hostname else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _cause(error: requests.RequestException) -> str:
+    """The innermost reason of requests' nested errors: theirs hold addresses that change each time."""
+    if isinstance(error, requests.ConnectTimeout):
+        return f"no connection within {CONNECT_TIMEOUT:g} s"
+    cause: BaseException = error
+    while inner := cause.__cause__ or cause.__context__:
+        cause = inner
+    if isinstance(cause, TimeoutError):
+        return f"not whole within {ANSWER_TIMEOUT:g} s"
+    return getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    value = response.headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def _whole(response: requests.Response, header: str) -> int | None:
+    value = response.headers.get(header, "").strip()
+    return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else None

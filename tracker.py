@@ -1,0 +1,354 @@
+"""Real-time cryptocurrency prices: poll CoinAPI, send every price to every WebSocket client.
+
+Start with `python tracker.py`, or `python tracker.py --demo` without a key. This file reads the
+command line, polls, starts and stops; coin_api.py asks CoinAPI, price_server.py has the clients.
+
+Threads: main waits for a signal. The poller fetches, publishes and waits; it ends with `stop()`.
+Those of the server stand in price_server.py. All but main are daemons: a request that hangs in
+the poller must not keep the program from stopping.
+"""
+
+import argparse
+import logging
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit("tracker.py needs Python 3.11 or newer, this is {}.{}".format(*sys.version_info))
+try:
+    from coin_api import DEFAULT_URL, CoinApi, CoinApiError, DemoApi, PriceUpdate
+    from price_server import PriceServer
+except ModuleNotFoundError as missing:
+    sys.exit(f"tracker.py needs the package {missing.name}: pip install -r requirements.txt")
+
+ASSETS = ("BTC", "ETH", "XRP", "BCH", "ADA", "LTC", "LINK", "XLM", "DOT", "SOL")
+QUOTE = "USD"
+INTERVAL = 5.0  # seconds
+MAX_BACKOFF = 60.0  # seconds
+SPARE_FILES = 50  # descriptors for all that is not a client: handshakes, CoinAPI, the log
+DAY = 86_400  # seconds
+
+logger = logging.getLogger("tracker")
+
+
+class PriceSource(Protocol):
+    """What the poller asks for prices: CoinApi, DemoApi, or your own."""
+
+    credits_used: int | None
+    credits_left: int | None
+
+    def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]: ...
+
+
+class Poller:
+    """Polls at fixed times, one interval (seconds) apart, and hands the prices to the server.
+
+    A failure is tried again after 1, 2, 4 ... intervals, or when CoinAPI asks for it. `run` is the
+    poller thread; it ends with `stop()`, or by itself when the first poll's key is refused.
+    """
+
+    def __init__(
+        self,
+        source: PriceSource,
+        server: PriceServer,
+        interval: float = INTERVAL,
+        pause_when_idle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        wake: threading.Event | None = None,
+    ):
+        self.source = source
+        self.server = server
+        self.interval = interval
+        self.pause_when_idle = pause_when_idle
+        self.clock = clock
+        self.wake = wake or threading.Event()  # set to look again: stopped, or a client came
+        self.stopping = False
+        self.key_refused = False
+        self._polls = 0
+        self._failures = 0  # in a row
+        self._failing_since = 0.0
+        self._trouble = ""  # the kind of failure last logged
+        self._missing: set[str] = set()  # assets without a price, named in the log
+
+    def run(self) -> None:
+        due = self.clock()
+        while not self.stopping:
+            if self._wait_for_clients():
+                due = max(due, self.clock())
+            if self.stopping:
+                return
+            due += self.poll()
+            late = self.clock() - due
+            if late > 0:  # not made up for: the next of the fixed times
+                due += math.ceil(late / self.interval) * self.interval
+            while not self.stopping and (delay := due - self.clock()) > 0:
+                self.wake.wait(delay)
+                self.wake.clear()
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.wake.set()
+
+    def client_came(self, client: object, server: object) -> None:
+        """A new_client callback: ends the pause."""
+        if self.server.paused:
+            self.wake.set()
+
+    def poll(self) -> float:
+        """One poll. Seconds from its start until the next; raises nothing."""
+        self._polls += 1
+        try:
+            updates = self.source.fetch_prices(self.server.assets)
+            self.server.publish(updates)
+        except CoinApiError as error:
+            return self._failed(error)
+        except Exception as error:
+            logger.debug("unexpected", exc_info=True)
+            return self._failed(CoinApiError(f"unexpected {type(error).__name__}: {error}"))
+        finally:
+            self.server.credits_used = self.source.credits_used
+            self.server.credits_left = self.source.credits_left
+        logger.debug("polled: %d prices", len(updates))
+        if self._failures:
+            logger.info(
+                "prices again after %.0f s and %d failed polls", self.clock() - self._failing_since, self._failures
+            )
+            self._failures, self._trouble = 0, ""
+        self._note_missing(set(self.server.assets).difference(update.asset_id for update in updates))
+        return self.interval
+
+    def _failed(self, error: CoinApiError) -> float:
+        if self._failures == 0:
+            self._failing_since = self.clock()
+        self._failures += 1
+        self.server.report_failure(str(error))
+        if error.key_refused and self._polls == 1:
+            self.key_refused = True
+            self.stop()
+            return 0.0
+        if error.retry_after is not None:
+            delay = max(error.retry_after, self.interval)
+        else:
+            delay = min(self.interval * 2 ** min(self._failures - 1, 20), MAX_BACKOFF) * random.uniform(0.9, 1.1)
+        kind = str(error).partition(":")[0]
+        level = logging.DEBUG if kind == self._trouble else logging.WARNING
+        logger.log(level, "no prices: %s; next try in %.3g s", error, delay)
+        self._trouble = kind
+        return delay
+
+    def _note_missing(self, missing: set[str]) -> None:
+        for asset_id in self.server.assets:
+            if asset_id in missing - self._missing:
+                logger.warning("no sound price for %s in the answer: clients keep the last one", asset_id)
+            elif asset_id in self._missing - missing:
+                logger.info("%s has a price again", asset_id)
+        self._missing = missing
+
+    def _wait_for_clients(self) -> bool:
+        """With `pause_when_idle`, block while there is no client; whether there was none."""
+        waited = False
+        while self.pause_when_idle and not self.stopping:
+            self.server.paused = True  # before looking: whoever comes after the look finds it set, and wakes us
+            if self.server.clients:
+                break
+            waited = True
+            self.wake.wait()
+            self.wake.clear()
+        self.server.paused = False
+        return waited
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program until a signal; the exit status: 0 stopped, 1 could not start, 2 wrong usage."""
+    options = parse_arguments(argv)
+    # websocket-server called basicConfig when it was imported: without force this would do nothing.
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    source: PriceSource
+    try:
+        source = DemoApi() if options.demo else _coin_api(options.quote)
+    except ValueError as error:
+        return _fail(2, str(error))
+    if options.once:
+        return poll_once(source, options.assets)
+
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        stop.set()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the program at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        server = PriceServer(
+            options.assets,
+            options.host,
+            options.port,
+            quote=options.quote,
+            source="demo" if options.demo else "coinapi",
+            interval=options.interval,
+            max_clients=_fit_file_limit(options.max_clients),
+            allow_origins=options.allow_origin,
+        )
+    except OSError as error:
+        return _fail(
+            1, f"cannot listen on {options.host} port {options.port}: {error.strerror}; choose with --host, --port"
+        )
+    poller = Poller(source, server, options.interval, options.pause_when_idle)
+    if options.pause_when_idle:
+        server.set_fn_new_client(poller.client_came)
+
+    def poll() -> None:
+        poller.run()
+        stop.set()  # it ended by itself: the key was refused
+
+    server.run_forever(threaded=True)
+    _announce(options, server)
+    threading.Thread(target=poll, name="poller", daemon=True).start()
+    while not stop.wait(1.0):  # with a timeout: without one, Windows delivers no signal here
+        pass
+    poller.stop()
+    logger.info("stopping, %d clients are connected", len(server.clients))
+    server.shutdown_gracefully(1001, b"server is stopping")
+    logger.info("stopped")
+    return _fail(1, f"{server.last_error}: check COIN_API_KEY") if poller.key_refused else 0
+
+
+def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
+    """Print the prices of one poll, one JSON message a line."""
+    try:
+        updates = source.fetch_prices(assets)
+    except CoinApiError as error:
+        return _fail(1, str(error))
+    missing = [asset_id for asset_id in assets if asset_id not in {update.asset_id for update in updates}]
+    if missing:
+        logger.warning("no sound price for %s in the answer", ", ".join(missing))
+    try:
+        print("\n".join(update.to_json() for update in updates), flush=True)
+    except BrokenPipeError:  # `| head -1`: nobody reads any more, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="tracker.py", allow_abbrev=False, description="Real-time cryptocurrency prices over WebSocket."
+    )
+    add = parser.add_argument
+    add("--assets", type=_assets, default=ASSETS, metavar="BTC,ETH", help="what to track, in this order (default: ten)")
+    add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: USD)")
+    add("--interval", type=_interval, default=INTERVAL, metavar="SECONDS", help="between two polls (default: 5)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=_port, default=3030, help="0 takes a free one (default: 3030)")
+    add("--demo", action="store_true", help="simulated prices, without a key")
+    add("--once", action="store_true", help="print the prices of one poll and exit")
+    add("--pause-when-idle", action="store_true", help="do not poll while no client is connected")
+    add("--max-clients", type=_count, default=10_000, metavar="N", help="the next one gets 503 (default: 10000)")
+    add("--allow-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
+        help="web origin whose pages may read, like https://example.org; may be repeated (default: all)")  # fmt: skip
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; argparse would print its usage before it."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _asset(text: str) -> str:
+    if not re.fullmatch(r"[A-Z0-9][A-Z0-9._-]{0,31}", text.strip(), re.ASCII | re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an asset id like BTC")
+    return text.strip().upper()
+
+
+def _assets(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_asset(part) for part in text.split(",")))
+
+
+def _number(text: str, kind: Callable[[str], float], lowest: float, highest: float, what: str) -> float:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not lowest <= number <= highest:  # false for NaN too
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {lowest:,} to {highest:,}")
+    return number
+
+
+def _interval(text: str) -> float:
+    return _number(text, float, 0.1, DAY, "a number of seconds")
+
+
+def _port(text: str) -> int:
+    return int(_number(text, int, 0, 65_535, "a port"))
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, 1, 1_000_000, "a number of clients"))
+
+
+def _origin(text: str) -> str:
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+/?|null", text, re.ASCII | re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin like https://example.org")
+    return text
+
+
+def _coin_api(quote: str) -> CoinApi:
+    key = os.environ.get("COIN_API_KEY", "").strip()
+    if not key:
+        raise ValueError("COIN_API_KEY is not set: set it to your key from CoinAPI, or try --demo, which needs none")
+    return CoinApi(key, quote, os.environ.get("COIN_API_URL") or DEFAULT_URL)
+
+
+def _fit_file_limit(max_clients: int) -> int:
+    """Raise the limit of open files as far as allowed; the number of clients that it has room for."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return max_clients
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    except (ValueError, OSError):
+        pass  # macOS says "unlimited" and does not mean it
+    if soft == resource.RLIM_INFINITY or soft >= max_clients + SPARE_FILES:
+        return max_clients
+    room = max(soft - SPARE_FILES, 1)
+    logger.warning(
+        "--max-clients lowered from %d to %d: only %d files may be open (ulimit -n)", max_clients, room, soft
+    )
+    return room
+
+
+def _announce(options: argparse.Namespace, server: PriceServer) -> None:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # noqa: S104
+    address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+    logger.info("dashboard http://%s/ and WebSocket ws://%s/ws", address, address)
+    names = f"{', '.join(options.assets)} in {options.quote}"
+    if options.demo:
+        logger.info("DEMO, simulated prices: %s every %g s", names, options.interval)
+    else:
+        cost = f"1 request every {options.interval:g} s, {DAY / options.interval:,.0f} a day"
+        logger.info("tracking %s: %s", names, cost)
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"tracker.py: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
