@@ -1,0 +1,125 @@
+"""A stand-in for CoinAPI over real HTTP, on loopback: recorded bodies and headers, and whatever a test wants."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+KEY = "73034021-THIS-IS-SAMPLE-KEY"
+# As recorded from the real service, in another order than asked for.
+RATES = {
+    "SOL": 177.53412345678901,
+    "BTC": 65980.1,
+    "ETH": 4166.207274778093436220194944,
+    "XRP": 1.1234,
+    "BCH": 634.5,
+    "ADA": 2.2093,
+    "LTC": 207.43,
+    "LINK": 27.81,
+    "XLM": 0.0934,
+    "DOT": 44.4,
+}
+HEADERS = {
+    "Content-Type": "application/json; charset=utf-8",
+    "x-concurrencylimit-limit": "10",
+    "x-concurrencylimit-remaining": "10",
+    "x-ratelimit-used": "166181",
+    "x-ratelimit-overage": "enabled",
+    "x-ratelimit-limit": "100000",
+    "x-ratelimit-remaining": "-66181",
+    "x-ratelimit-reset": "2021-10-21T21:34:47.2685710Z",
+    "x-ratelimit-request-cost": "1",
+}
+OUT_OF_CREDITS = {
+    "title": "Forbidden",
+    "status": 403,
+    "detail": "Quota exceeded: Insufficient Usage Credits or Subscription.",
+    "error": "Forbidden (Quota exceeded: Insufficient Usage Credits or Subscription.)",
+    "QuotaKey": "BA",
+}
+
+
+def rates_body(rates: dict[str, Any], quote: str = "USD", at: str = "2021-10-20T21:34:13.0000000Z") -> bytes:
+    """The body of a batched answer with these rates."""
+    items = [{"time": at, "asset_id_quote": asset_id, "rate": rate} for asset_id, rate in rates.items()]
+    return json.dumps({"asset_id_base": quote, "rates": items}).encode()
+
+
+class Request(NamedTuple):
+    at: float  # monotonic seconds
+    path: str
+    query: dict[str, list[str]]
+    headers: Message
+
+
+class StandIn:
+    """`with StandIn() as coin_api:` serves at `coin_api.url` until the block ends.
+
+    answer: called with the request's handler for each request; the default sends `rates`.
+    requests: what was asked, in order.
+    """
+
+    def __init__(self, port: int = 0):
+        self.rates: dict[str, Any] = dict(RATES)
+        self.requests: list[Request] = []
+        self.answer: Callable[[BaseHTTPRequestHandler], None] = self.send_rates
+        self.answered_at = 0.0  # monotonic seconds when the last byte of the last answer was sent
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1
+            disable_nagle_algorithm = True
+
+            def do_GET(self) -> None:
+                url = urlsplit(self.path)
+                stand_in.requests.append(Request(time.monotonic(), url.path, parse_qs(url.query), self.headers))
+                stand_in.answer(self)
+                self.wfile.flush()
+                stand_in.answered_at = time.monotonic()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 128
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                pass  # clients that hang up in the middle are what the tests are about
+
+        self.server = Server(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def send(self, handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
+        handler.send_response(status)
+        for name, value in (HEADERS | {name.replace("_", "-"): value for name, value in headers.items()}).items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def send_rates(self, handler: BaseHTTPRequestHandler) -> None:
+        path = urlsplit(handler.path)
+        wanted = parse_qs(path.query)["filter_asset_id"][0].split(",")
+        rates = {asset_id: rate for asset_id, rate in self.rates.items() if asset_id in wanted}
+        self.send(handler, rates_body(rates, quote=path.path.rpartition("/")[2]))
+
+    def say(self, body: bytes, status: int = 200, **headers: str) -> None:
+        """From now on answer each request with this."""
+        self.answer = lambda handler: self.send(handler, body, status, **headers)
+
+    def recover(self) -> None:
+        """From now on answer with the rates again."""
+        self.answer = self.send_rates
+
+    def __enter__(self) -> "StandIn":
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
