@@ -414,10 +414,6 @@ class PriceServer(WebsocketServer):
     ):
         self._clients: dict[Connection, dict[str, Any]] = {}
         self._lock = threading.Lock()  # guards _clients, _handshakes and counts
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        super().__init__(host, port)
-        self.RequestHandlerClass = Handler
         self.assets = tuple(assets)
         self.quote = quote
         self.source = source
@@ -449,6 +445,10 @@ class PriceServer(WebsocketServer):
         self._changed: deque[Connection] = deque()  # for the reader to look at what they wait for
         self._stopping = False
         self._reader: threading.Thread | None = None
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__(host, port)  # the last step, as it calls server_close when the port cannot be had
+        self.RequestHandlerClass = Handler
 
     # Prices
 

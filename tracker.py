@@ -201,10 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_clients=_fit_file_limit(options.max_clients),
             allow_origins=options.allow_origin,
         )
-    except OSError as error:
-        return _fail(
-            1, f"cannot listen on {options.host} port {options.port}: {error.strerror}; choose with --host, --port"
-        )
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return _fail(1, f"cannot listen on {options.host} port {options.port}: {reason}; choose with --host, --port")
     poller = Poller(source, server, options.interval, options.pause_when_idle)
     if options.pause_when_idle:
         server.set_fn_new_client(poller.client_came)
@@ -249,7 +248,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--assets", type=_assets, default=ASSETS, metavar="BTC,ETH", help="what to track, in this order (default: ten)")
     add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: USD)")
     add("--interval", type=_interval, default=INTERVAL, metavar="SECONDS", help="between two polls (default: 5)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--host", type=_host, default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=_port, default=3030, help="0 takes a free one (default: 3030)")
     add("--demo", action="store_true", help="simulated prices, without a key")
     add("--once", action="store_true", help="print the prices of one poll and exit")
@@ -265,6 +264,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line; argparse would print its usage before it."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _host(text: str) -> str:
+    if not text.strip():  # would mean every address of this machine
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; 0.0.0.0 listens on all")
+    return text.strip()
 
 
 def _asset(text: str) -> str:
