@@ -82,7 +82,7 @@ class Poller:
         due = self.clock()
         while not self.stopping:
             if self._wait_for_clients():
-                due = max(due, self.clock())
+                due = self.clock()
             if self.stopping:
                 return
             due += self.poll()
@@ -98,9 +98,8 @@ class Poller:
         self.wake.set()
 
     def client_came(self, client: object, server: object) -> None:
-        """A new_client callback: ends the pause."""
-        if self.server.paused:
-            self.wake.set()
+        """A new_client callback: ends a pause."""
+        self.wake.set()
 
     def poll(self) -> float:
         """One poll. Seconds from its start until the next; raises nothing."""
@@ -156,7 +155,7 @@ class Poller:
         """With `pause_when_idle`, block while there is no client; whether there was none."""
         waited = False
         while self.pause_when_idle and not self.stopping:
-            self.server.paused = True  # before looking: whoever comes after the look finds it set, and wakes us
+            self.server.paused = True
             if self.server.clients:
                 break
             waited = True

@@ -1,0 +1,274 @@
+"""The whole program as users run it: CoinAPI's stand-in on one side, independent clients on the other."""
+
+import itertools
+import json
+import math
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+import requests
+from running import ASSETS, Tracker, wait_for
+from stand_in import KEY, OUT_OF_CREDITS, RATES, StandIn, rates_body
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+AT = "2021-10-20T21:34:13.0000000Z"
+
+
+def tracking(coin_api: StandIn, *arguments: str) -> Tracker:
+    return Tracker(*arguments, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
+
+
+def feed(tracker: Tracker, query: str = "") -> ClientConnection:
+    # No limit for what waits to be received: with one, this client does not even read a close behind it.
+    return connect(tracker.ws + query, max_queue=None)
+
+
+def poll_of(client: ClientConnection, seconds: float = 5.0, count: int = 10) -> list[dict[str, Any]]:
+    """The next ten messages."""
+    return [json.loads(client.recv(seconds)) for _ in range(count)]
+
+
+def test_one_batched_request_a_second_reaches_coinapi_and_every_client_gets_its_prices(coin_api: StandIn) -> None:
+    with tracking(coin_api, "--interval", "1") as tracker:
+        wait_for(lambda: coin_api.requests)
+        with feed(tracker) as first, feed(tracker) as second:
+            for client in (first, second):
+                poll_of(client)  # the snapshot
+            for poll in range(4):
+                coin_api.rates["BTC"] = 70_000.5 + poll
+                for client in (first, second):
+                    expected = [{"asset_id": asset, "price": coin_api.rates[asset], "time": AT} for asset in ASSETS]
+                    assert poll_of(client) == expected
+        assert tracker.stop() == 0
+    starts = [request.at for request in coin_api.requests]
+    assert len(starts) == 5
+    assert [later - earlier for earlier, later in itertools.pairwise(starts)] == pytest.approx([1.0] * 4, abs=0.15)
+    for request in coin_api.requests:
+        assert request.path == "/v1/exchangerate/USD"
+        assert request.query == {"filter_asset_id": [",".join(ASSETS)], "invert": ["true"]}
+        assert request.headers["X-CoinAPI-Key"] == KEY
+        assert KEY not in request.path
+    assert KEY not in tracker.text
+
+
+def test_a_client_that_comes_between_two_polls_has_all_ten_at_once(coin_api: StandIn) -> None:
+    with tracking(coin_api, "--interval", "60") as tracker:
+        wait_for(lambda: requests.get(tracker.http + "/healthz", timeout=5).status_code == 200)
+        started = time.monotonic()
+        with feed(tracker) as client:
+            assert [update["asset_id"] for update in poll_of(client)] == list(ASSETS)
+        assert time.monotonic() - started < 0.3
+
+
+def test_the_port_is_bound_before_the_first_poll_whatever_coinapi_does(coin_api: StandIn) -> None:
+    coin_api.answer = lambda handler: time.sleep(3)
+    with tracking(coin_api) as tracker, feed(tracker):
+        health = requests.get(tracker.http + "/healthz", timeout=5)
+        assert (health.status_code, health.json()["status"]) == (503, "starting")
+
+
+def wrong_gzip(stand_in: StandIn) -> None:
+    stand_in.say(rates_body(RATES), Content_Encoding="gzip")
+
+
+def cut_off(stand_in: StandIn) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n" + rates_body(RATES)[:300])
+        handler.close_connection = True
+
+    stand_in.answer = answer
+
+
+def endless(stand_in: StandIn) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for _ in range(1600):  # 100 MiB, if somebody takes them
+            handler.wfile.write(b"[" * 65536)
+
+    stand_in.answer = answer
+
+
+def body(content: bytes, status: int = 200, **headers: str) -> Callable[[StandIn], None]:
+    return lambda stand_in: stand_in.say(content, status, **headers)
+
+
+TROUBLE: dict[str, tuple[Callable[[StandIn], None], str]] = {
+    "refused key": (body(b'{"error":"Invalid API key"}', 401), "refused the key"),
+    "out of credits": (body(json.dumps(OUT_OF_CREDITS).encode(), 403), "Quota exceeded: Insufficient Usage Credits"),
+    "rate limit": (body(b"", 429), "answered 429"),
+    "server error": (body(b"<html>\n<h1>Bad gateway</h1>", 502), "answered 502: <html> <h1>Bad gateway"),
+    "no data": (body(b'{"error":"none"}', 550), "answered 550: none"),
+    "redirect": (body(b"", 302, Location="http://127.0.0.1:9/"), "a redirect, which is not followed"),
+    "empty": (body(b""), r"not JSON: \(empty\)"),
+    "null": (body(b"null"), "no list of rates"),
+    "a list": (body(b"[]"), "no list of rates"),
+    "no rates": (body(b'{"asset_id_base":"USD"}'), "no list of rates"),
+    "rates null": (body(b'{"rates":null}'), "no list of rates"),
+    "junk": (body(b'{"rates":[7,null,[],{"rate":{}}]}'), "no price for"),
+    "not UTF-8": (body(b'{"rates":"\xff\xfe"}'), "not JSON"),
+    "nested": (body(b"[" * 200_000), "not JSON"),
+    "cut off": (cut_off, "no answer from CoinAPI"),
+    "wrong gzip": (wrong_gzip, "no answer from CoinAPI"),
+    "endless": (endless, "larger than 1048576 bytes"),
+}
+
+
+def test_the_feed_goes_on_within_two_intervals_of_any_trouble(coin_api: StandIn) -> None:
+    with tracking(coin_api, "--interval", "0.2") as tracker, feed(tracker) as client:
+        poll_of(client)
+        memory = tracker.usage()[2]
+        for trouble, said in TROUBLE.values():
+            lines, asked = len(tracker.log), len(coin_api.requests)
+            trouble(coin_api)
+            wait_for(partial(lambda asked: len(coin_api.requests) > asked, asked))
+            coin_api.rates["BTC"] += 1.0
+            coin_api.recover()
+            recovered = time.monotonic()
+            while json.loads(client.recv(5)) != {"asset_id": "BTC", "price": coin_api.rates["BTC"], "time": AT}:
+                pass
+            assert time.monotonic() - recovered < 2 * 0.2 + 0.2
+            wait_for(partial(lambda lines: any("prices again" in line for line in tracker.log[lines:]), lines))
+            new = tracker.log[lines:]
+            assert [line.split()[2] for line in new] == ["WARNING", "INFO"], new
+            assert re.search(said, new[0]), new
+        assert tracker.usage()[2] - memory < 20 << 20
+        assert "Traceback" not in tracker.text
+
+
+def test_a_long_outage_is_two_lines_and_the_last_prices_stay(coin_api: StandIn) -> None:
+    with tracking(coin_api, "--interval", "0.1") as tracker:
+        wait_for(lambda: coin_api.requests)
+        coin_api.say(b"", 503)
+        asked = len(coin_api.requests)
+        wait_for(lambda: len(coin_api.requests) >= asked + 4)
+        with feed(tracker) as client:
+            assert [update["price"] for update in poll_of(client)] == [RATES[asset] for asset in ASSETS]
+        health = requests.get(tracker.http + "/healthz", timeout=5).json()
+        assert health["last_error"] == "CoinAPI answered 503"
+        assert health["age_seconds"] > 0.5
+        coin_api.recover()
+        tracker.wait_for_log(r"prices again after \d+ s and \d+ failed polls")
+        assert len(tracker.log) == 4, tracker.log  # two at start, one WARNING, one INFO
+
+
+def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+    drip(handler, b"HTTP/1.1 200 OK\r\nX-Slow: ")
+
+
+def drip_body(handler: BaseHTTPRequestHandler) -> None:
+    drip(handler, b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+
+
+def drip(handler: BaseHTTPRequestHandler, start: bytes) -> None:
+    handler.wfile.write(start)
+    for _ in range(60):  # 15 s
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.25)
+
+
+def test_a_server_that_drips_is_given_up_after_10_s_and_the_feed_goes_on() -> None:
+    with ExitStack() as stack:
+        runs = []
+        for answer in (drip_headers, drip_body):
+            stand_in = stack.enter_context(StandIn())
+            stand_in.answer = answer
+            tracker = stack.enter_context(tracking(stand_in, "--interval", "1"))
+            wait_for(partial(getattr, stand_in, "requests"))
+            stand_in.recover()
+            runs.append((stand_in, tracker, stack.enter_context(feed(tracker))))
+        for stand_in, tracker, client in runs:
+            assert len(poll_of(client, seconds=12)) == 10
+            first, second = stand_in.requests[:2]
+            assert 10 <= second.at - first.at < 12
+            tracker.wait_for_log("WARNING no prices: no answer from CoinAPI: not whole within 10 s")
+
+
+@pytest.mark.parametrize("rate", [None, math.nan, math.inf, -1, 0, "65980.1", True, [65980.1], "1e999"])
+def test_nothing_false_is_ever_sent_and_the_other_assets_go_out(coin_api: StandIn, rate: object) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        content = rates_body(coin_api.rates | {"ETH": rate})
+        coin_api.send(handler, content.replace(b'"1e999"', b"1e999"))
+
+    coin_api.answer = answer
+    with tracking(coin_api, "--interval", "0.2") as tracker, feed(tracker) as client:
+        others = [asset for asset in ASSETS if asset != "ETH"]
+        for _ in range(3):
+            assert [update["asset_id"] for update in poll_of(client, count=9)] == others
+        coin_api.recover()
+        wait_for(lambda: json.loads(client.recv(5))["asset_id"] == "ETH")
+        tracker.wait_for_log("INFO ETH has a price again")
+        assert tracker.text.count("WARNING") == tracker.text.count("no sound price for ETH") == 1
+
+
+def test_a_client_that_follows_two_assets_gets_these_two(coin_api: StandIn) -> None:
+    with tracking(coin_api, "--interval", "0.3") as tracker, feed(tracker, "?assets=sol,BTC") as client:
+        assert [update["asset_id"] for update in poll_of(client, count=6)] == ["BTC", "SOL"] * 3
+
+
+def test_pause_when_idle_polls_only_while_somebody_listens(coin_api: StandIn) -> None:
+    with tracking(coin_api, "--interval", "0.2", "--pause-when-idle") as tracker:
+        health = requests.get(tracker.http + "/healthz", timeout=5)
+        assert (health.status_code, health.json()["status"]) == (200, "paused")
+        for _ in range(2):
+            coin_api.requests.clear()
+            arrived = time.monotonic()
+            with feed(tracker) as client:
+                wait_for(lambda: coin_api.requests)
+                assert coin_api.requests[0].at - arrived < 0.2
+                wait_for(lambda: len(coin_api.requests) == 4)
+                assert poll_of(client)
+            wait_for(lambda: requests.get(tracker.http + "/healthz", timeout=5).json()["status"] == "paused")
+        paused = len(coin_api.requests)
+        with pytest.raises(AssertionError, match="not within"):
+            wait_for(lambda: len(coin_api.requests) > paused, seconds=1.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_closes_every_client_with_1001_and_exits_0(coin_api: StandIn, number: int) -> None:
+    with tracking(coin_api) as tracker, feed(tracker) as client:
+        poll_of(client)
+        started = time.monotonic()
+        assert tracker.stop(number) == 0
+        assert time.monotonic() - started < 2
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(5)
+        assert closed.value.rcvd
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "server is stopping")
+        assert [line.split(" ", 2)[2] for line in tracker.log[2:]] == [
+            "INFO stopping, 1 clients are connected",
+            "INFO stopped",
+        ]
+
+
+def test_a_stop_does_not_wait_for_a_request_that_hangs(coin_api: StandIn) -> None:
+    coin_api.answer = lambda handler: time.sleep(4)
+    with tracking(coin_api) as tracker:
+        wait_for(lambda: coin_api.requests)
+        started = time.monotonic()
+        assert tracker.stop() == 0
+        assert time.monotonic() - started < 2
+        assert "Traceback" not in tracker.text
+
+
+def test_a_second_signal_ends_the_program_at_once(coin_api: StandIn) -> None:
+    with tracking(coin_api) as tracker, socket.create_connection(("127.0.0.1", tracker.port)) as silent:
+        silent.sendall(
+            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert silent.recv(100).startswith(b"HTTP/1.1 101")
+        tracker.process.send_signal(signal.SIGTERM)  # it waits a second for the close that never comes
+        tracker.wait_for_log("stopping")
+        started = time.monotonic()
+        assert tracker.stop(signal.SIGINT) == -signal.SIGINT
+        assert time.monotonic() - started < 0.5
