@@ -790,6 +790,7 @@ class PriceServer(WebsocketServer):
 
     def _stop(self) -> None:
         deadline = time.monotonic() + STOP_TIMEOUT
+        _hang_up(self.socket)  # the accept loop wakes at once; where that does not work, within half a second
         if self.thread is not None:
             self.shutdown()
         self.socket.close()
@@ -834,7 +835,7 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile = _RequestReader(self.rfile.detach())
-        self.command, self.headers = "", HTTPMessage()  # for errors before they are read
+        self.requestline, self.request_version, self.command, self.headers = "", "HTTP/1.1", "", HTTPMessage()
 
     def handle(self) -> None:
         self.server.gate.wait()
