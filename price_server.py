@@ -2,7 +2,7 @@
 
 Threads, one per job and never one per client:
 
-  server     accepts connections; every half second does the housekeeping (`service_actions`)
+  server     accepts connections; twice a second does the housekeeping (`service_actions`)
   handshake  one per arriving connection: reads one HTTP request and answers it, or upgrades it,
              hands the socket to the reader and ends; housekeeping cuts it off when it is late
   reader     one selector loop over all open clients: their pings, closes and messages, and what
@@ -56,6 +56,7 @@ MAX_MESSAGE = 64 << 10  # bytes of one message from a client, fragments summed
 MAX_QUEUE = 1 << 20  # bytes of send_message waiting for one client
 SEND_BUFFER = 32 << 10  # bytes; the default lets a client that stopped reading absorb hours of old prices
 RECEIVE_SIZE = 4 << 10  # bytes per client and turn: small, so that a flood from one leaves turns to the others
+HOUSEKEEPING_INTERVAL = 0.5  # seconds: how late a deadline may be noticed
 BEHIND_TIMEOUT = 30.0  # seconds with a full socket
 CLOSE_TIMEOUT = 5.0  # seconds from our close frame until the client hangs up
 STOP_TIMEOUT = 1.0  # seconds that a stop waits for the clients' closes
@@ -596,6 +597,7 @@ class PriceServer(WebsocketServer):
                 if self._deny_clients:
                     raise Denied(struct.pack("!H", self._deny_clients["status"]) + self._deny_clients["reason"])
                 if len(self._clients) >= self.max_clients:
+                    self.warn("full", f"full: {self.max_clients} clients are connected, the next ones get 503")
                     raise Refusal(503, f"full: {self.max_clients} clients are connected", {"Retry-After": "10"})
                 del self._handshakes[sock]  # so shutdown_request leaves it open
                 self.id_counter += 1
@@ -612,8 +614,11 @@ class PriceServer(WebsocketServer):
 
     def call(self, callback: str, connection: Connection, *message: str | bytes) -> None:
         """Run one of the modifier's callbacks; what it raises is logged and reaches no client."""
+        client = self._clients.get(connection)
+        if client is None:
+            return  # the server stopped meanwhile
         try:
-            getattr(self, callback)(self._clients[connection], self, *message)
+            getattr(self, callback)(client, self, *message)
         except Exception:
             logger.exception("the callback %s failed", callback)
 
@@ -632,14 +637,18 @@ class PriceServer(WebsocketServer):
         """The reader thread."""
         with self._selector, self._wake_sender, self._wake_receiver:
             while not self._stopping:
-                for key, events in self._selector.select():
-                    self.gate.wait()
-                    if key.data is None:
-                        self._wake_receiver.recv(4096)
-                    else:
-                        self._serve(key.data, events)
-                while self._changed:
-                    self._register(self._changed.popleft())
+                try:
+                    for key, events in self._selector.select():
+                        self.gate.wait()
+                        if key.data is None:
+                            self._wake_receiver.recv(4096)
+                        else:
+                            self._serve(key.data, events)
+                    while self._changed:
+                        self._register(self._changed.popleft())
+                except Exception:
+                    logger.exception("the reader failed, and goes on")
+                    time.sleep(0.1)
             for client in self.clients:
                 self._leave(client["handler"])
 
@@ -731,11 +740,16 @@ class PriceServer(WebsocketServer):
             logger.exception("answering a request failed")
 
     def service_actions(self) -> None:
-        """Housekeeping, twice a second: cut off what is late, send pings, notice stale prices."""
         now = time.monotonic()
-        if now < self._next_check:
-            return
-        self._next_check = now + 0.5
+        if now >= self._next_check:
+            self._next_check = now + HOUSEKEEPING_INTERVAL
+            try:
+                self._keep_house(now)
+            except Exception:
+                logger.exception("housekeeping failed, and goes on")
+
+    def _keep_house(self, now: float) -> None:
+        """Cut off what is late, send pings, notice stale prices."""
         with self._lock:
             for sock, deadline in self._handshakes.items():
                 if deadline < now:  # under the lock: out of it the socket could be a client's already

@@ -35,6 +35,7 @@ INTERVAL = 5.0  # seconds
 MAX_BACKOFF = 60.0  # seconds
 SPARE_FILES = 50  # descriptors for all that is not a client: handshakes, CoinAPI, the log
 DAY = 86_400  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger("tracker")
 
@@ -184,10 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def on_signal(number: int, frame: object) -> None:
         stop.set()
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # a second one ends the program at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, on_signal)
     try:
         server = PriceServer(
@@ -211,9 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         poller.run()
         stop.set()  # it ended by itself: the key was refused
 
+    # Threads inherit this: a signal that another thread took would not end the wait of this one.
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server.run_forever(threaded=True)
-    _announce(options, server)
     threading.Thread(target=poll, name="poller", daemon=True).start()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _announce(options, server)
     while not stop.wait(1.0):  # with a timeout: without one, Windows delivers no signal here
         pass
     poller.stop()
