@@ -14,7 +14,6 @@ that a program which forgets to call one of these still ends.
 """
 
 import base64
-import binascii
 import errno
 import hashlib
 import io
@@ -194,6 +193,14 @@ def close_payload(payload: bytes) -> bytes:
     return payload[:2]
 
 
+def close_reason(status: int, reason: bytes | str = b"") -> bytes:
+    """The payload of a close frame: the status and at most 123 bytes of UTF-8."""
+    payload = struct.pack("!H", status) + (reason.encode() if isinstance(reason, str) else reason)
+    if len(payload) > 125:
+        raise ValueError(f"close reason of {len(payload) - 2} bytes: 123 are the most")
+    return payload
+
+
 class Connection:
     """One open client, from the moment of its upgrade: what it follows, and what it has yet to get.
 
@@ -240,14 +247,11 @@ class Connection:
                 self.drop("queue_full")
 
     def send_close(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        """Queue a close frame and hang up behind it; `reason` is at most 123 bytes of UTF-8."""
-        reason = reason.encode("utf-8") if isinstance(reason, str) else reason
-        self.close(struct.pack("!H", status) + reason)
+        """Queue a close frame and hang up behind it; ValueError for a reason over 123 bytes of UTF-8."""
+        self.close(close_reason(status, reason))
 
     def close(self, payload: bytes) -> None:
         """Queue a close frame with this payload; the reader waits up to 5 s for the client to hang up."""
-        if len(payload) > 125:
-            raise ValueError(f"close reason of {len(payload) - 2} bytes: 123 are the most")
         with self.lock:
             if self.closing:
                 return
@@ -595,7 +599,7 @@ class PriceServer(WebsocketServer):
         with connection.lock:
             with self._lock:
                 if self._deny_clients:
-                    raise Denied(struct.pack("!H", self._deny_clients["status"]) + self._deny_clients["reason"])
+                    raise Denied(close_reason(**self._deny_clients))
                 if len(self._clients) >= self.max_clients:
                     self.warn("full", f"full: {self.max_clients} clients are connected, the next ones get 503")
                     raise Refusal(503, f"full: {self.max_clients} clients are connected", {"Retry-After": "10"})
@@ -684,6 +688,8 @@ class PriceServer(WebsocketServer):
             self._selector.unregister(connection.socket)
         with connection.lock:  # nobody may write to a number that another client gets next
             connection.closing = True
+            connection.kept.clear()
+            connection.owed = ()
             connection.socket.close()
         self.call("client_left", connection)
         with self._lock:
@@ -709,7 +715,8 @@ class PriceServer(WebsocketServer):
         with self._lock:
             if len(self._handshakes) >= MAX_HANDSHAKES:
                 oldest = next(iter(self._handshakes))
-                self._handshakes[oldest] = 0.0
+                del self._handshakes[oldest]
+                self._handshakes[oldest] = 0.0  # now the newest: the next one cuts off another
                 _hang_up(oldest)
             self._handshakes[request] = time.monotonic() + HANDSHAKE_TIMEOUT
         arguments = (request, client_address)
@@ -833,6 +840,8 @@ class _RequestReader(io.BufferedReader):
         self.room -= len(line)
         if self.room < 0:
             raise LineTooLong("request")
+        if not line.endswith(b"\n"):
+            raise ConnectionError("the request ended early")
         return line
 
 
@@ -929,7 +938,10 @@ class Handler(BaseHTTPRequestHandler):
         except Denied as denied:
             self.wfile.write(head + encode_frame(OPCODE_CLOSE_CONN, denied.payload))
             return False
-        connection.inbox += self.rfile.peek()  # what came right behind the request
+        try:
+            connection.inbox += self.rfile.peek()  # what came right behind the request
+        except OSError:
+            pass  # reset: the reader meets the end
         self.server.park(connection)
         return True
 
@@ -1034,7 +1046,7 @@ class Handler(BaseHTTPRequestHandler):
 def _is_key(key: str) -> bool:
     try:
         return len(base64.b64decode(key, validate=True)) == 16
-    except binascii.Error:
+    except ValueError:
         return False
 
 
