@@ -2,9 +2,10 @@
 
 Threads, one per job and never one per client:
 
-  server     accepts connections; twice a second does the housekeeping (`service_actions`)
-  handshake  one per arriving connection: reads one HTTP request and answers it, or upgrades it,
-             hands the socket to the reader and ends; housekeeping cuts it off when it is late
+  server     accepts connections; upgrades at once what came whole (`_upgrade_at_once`); twice a
+             second does the housekeeping (`_keep_house`)
+  handshake  one per other arriving connection: reads one HTTP request and answers it, or upgrades
+             it, hands the socket to the reader and ends; housekeeping cuts it off when it is late
   reader     one selector loop over all open clients: their pings, closes and messages, and what
              a full socket did not take at first. Only this thread takes a client out
   caller's   whoever calls `publish` writes to every client itself, one non-blocking send each
@@ -719,6 +720,8 @@ class PriceServer(WebsocketServer):
                 self._handshakes[oldest] = 0.0  # now the newest: the next one cuts off another
                 _hang_up(oldest)
             self._handshakes[request] = time.monotonic() + HANDSHAKE_TIMEOUT
+        if self._upgrade_at_once(request, client_address):
+            return
         arguments = (request, client_address)
         thread = threading.Thread(target=self.process_request_thread, args=arguments, name="handshake", daemon=True)
         try:
@@ -726,6 +729,27 @@ class PriceServer(WebsocketServer):
         except RuntimeError as error:
             self.warn("exhausted", f"cannot accept clients for now: {error}")
             self.shutdown_request(request)
+
+    def _upgrade_at_once(self, request: socket.socket, client_address: Any) -> bool:
+        """Upgrade a request that is here whole, without a thread: starting one costs more than the handshake.
+
+        Any other leaves no trace, for the thread. So does each while a new_client callback is set: it may block.
+        """
+        if "new_client" in vars(self):
+            return False
+        self.gate.wait()
+        request.setblocking(False)
+        try:
+            head = request.recv(MAX_REQUEST, socket.MSG_PEEK)
+            if head.startswith(b"GET /ws") and b"\r\n\r\n" in head:
+                EagerHandler(request, client_address, self, head)
+        except (OSError, Refusal, LineTooLong):
+            pass
+        with self._lock:
+            if request not in self._handshakes:
+                return True
+        request.setblocking(True)
+        return False
 
     def shutdown_request(self, request: socket.socket) -> None:
         """The handshake thread's last step; a socket that the reader has by now stays open."""
@@ -757,6 +781,7 @@ class PriceServer(WebsocketServer):
 
     def _keep_house(self, now: float) -> None:
         """Cut off what is late, send pings, notice stale prices."""
+        self.gate.wait()
         with self._lock:
             for sock, deadline in self._handshakes.items():
                 if deadline < now:  # under the lock: out of it the socket could be a client's already
@@ -939,11 +964,15 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(head + encode_frame(OPCODE_CLOSE_CONN, denied.payload))
             return False
         try:
-            connection.inbox += self.rfile.peek()  # what came right behind the request
+            connection.inbox += self.early_bytes()
         except OSError:
             pass  # reset: the reader meets the end
         self.server.park(connection)
         return True
+
+    def early_bytes(self) -> bytes:
+        """What came right behind the request."""
+        return self.rfile.peek()
 
     def send_price(self, asset_id: str) -> None:
         if asset_id not in self.server.assets:
@@ -1041,6 +1070,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
+
+
+class EagerHandler(Handler):
+    """Upgrades a request whose bytes, `head`, are only looked at so far. Raises Refusal for any other."""
+
+    def __init__(self, request: socket.socket, client_address: Any, server: PriceServer, head: bytes):
+        self.head = head
+        super().__init__(request, client_address, server)
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.rfile, self.wfile = _RequestReader(io.BytesIO(self.head)), io.BytesIO()
+
+    def handle(self) -> None:
+        self.raw_requestline = self.rfile.readline()
+        if self.parse_request():
+            self.respond()
+
+    def early_bytes(self) -> bytes:
+        self.request.recv(len(self.head))
+        return self.rfile.read()
+
+    def send_error(self, *_: Any, **__: Any) -> None:
+        raise Refusal(400, "left to the thread")
 
 
 def _is_key(key: str) -> bool:
