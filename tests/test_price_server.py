@@ -603,7 +603,11 @@ def test_binary_need_not_be_utf8(client: RawClient) -> None:
         assert client.read() == (BINARY, data)
 
 
-@pytest.mark.parametrize("behind", [frame(CLOSE, b"\x03\xe8"), frame(PING), frame(TEXT, HELLO), frame(3), b"\xff" * 99])
+@pytest.mark.parametrize(
+    "behind",
+    [frame(CLOSE, b"\x03\xe8"), frame(PING), frame(TEXT, HELLO), frame(3), b"\xff" * 99],
+    ids=["close", "ping", "text", "reserved", "garbage"],
+)
 def test_nothing_is_answered_behind_a_close_frame(client: RawClient, behind: bytes) -> None:  # 7.1.1 to 7.1.4
     client.send(frame(TEXT, HELLO) + frame(CLOSE, b"\x03\xe8") + behind)
     assert client.read() == (TEXT, HELLO)
