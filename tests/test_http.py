@@ -120,9 +120,23 @@ def test_other_methods_are_405_with_what_is_allowed(server: PriceServer, method:
     assert "error" in answer.json()
 
 
-def test_an_answer_to_a_large_post_reaches_the_client(server: PriceServer) -> None:
-    answer = requests.post(f"http://127.0.0.1:{server.port}/prices", data=b"x" * (4 << 20), timeout=5)
-    assert answer.status_code == 405
+@pytest.mark.parametrize("path", ["/", "/prices", "/metrics", "/nope"])
+def test_an_answer_to_head_has_no_body(priced: PriceServer, path: str) -> None:
+    answer = raw(priced, f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_an_answer_reaches_a_client_that_is_still_sending(server: PriceServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as client:
+        client.sendall(b"POST /prices HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        client.recv(1, socket.MSG_PEEK)  # it has been answered
+        for _ in range(10):
+            client.sendall(b"x" * 100_000)
+        client.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert answer.endswith(b"}")
 
 
 @pytest.mark.parametrize(
