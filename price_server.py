@@ -49,7 +49,7 @@ from websocket_server.websocket_server import (
 )
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole request, dribbled or not
-ANSWER_TIMEOUT = 30.0  # seconds for the client to take an HTTP answer
+TAKE_TIMEOUT = 30.0  # seconds for the client to take an HTTP answer
 MAX_HANDSHAKES = 1_000  # under way; beyond it the oldest is cut off: some limits stop at 1,000 threads
 MAX_REQUEST = 32 << 10  # bytes of request line and headers
 MAX_MESSAGE = 64 << 10  # bytes of one message from a client, fragments summed
@@ -80,7 +80,10 @@ METRICS = (  # name without "tracker_", type, help
 COUNTERS = (
     "messages_sent_total",
     *(f'polls_total{{result="{result}"}}' for result in ("success", "failure")),
-    *(f'clients_dropped_total{{reason="{reason}"}}' for reason in ("behind", "no_pong", "no_close", "queue_full")),
+    *(
+        f'clients_dropped_total{{reason="{reason}"}}'
+        for reason in ("behind", "no_pong", "no_close", "queue_full", "disconnected")
+    ),
 )
 
 logger = logging.getLogger(__name__)
@@ -183,7 +186,7 @@ def decode_text(payload: bytes) -> str:
         raise ProtocolError(1007, "text is not UTF-8") from None
 
 
-def close_payload(payload: bytes) -> bytes:
+def checked_close(payload: bytes) -> bytes:
     """A close frame's payload, checked, cut to the code: what the echo of it carries."""
     if not payload:
         return b""
@@ -194,7 +197,7 @@ def close_payload(payload: bytes) -> bytes:
     return payload[:2]
 
 
-def close_reason(status: int, reason: bytes | str = b"") -> bytes:
+def encode_close(status: int, reason: bytes | str = b"") -> bytes:
     """The payload of a close frame: the status and at most 123 bytes of UTF-8."""
     payload = struct.pack("!H", status) + (reason.encode() if isinstance(reason, str) else reason)
     if len(payload) > 125:
@@ -206,7 +209,8 @@ class Connection:
     """One open client, from the moment of its upgrade: what it follows, and what it has yet to get.
 
     It is the 'handler' of the client dict that callbacks get. `lock` guards every field from
-    `kept` on and every write to the socket; it is held only around calls that do not block.
+    `kept` on and every write to the socket; it is held only around calls that do not block. The
+    reader owns `inbox`, `fragments` and `watched`.
     """
 
     # fmt: off
@@ -214,7 +218,7 @@ class Connection:
                  "server", "socket", "unanswered", "version", "watched")
     # fmt: on
 
-    def __init__(self, server: "PriceServer", sock: socket.socket, assets: tuple[str, ...], head: bytes):
+    def __init__(self, server: "PriceServer", sock: socket.socket, assets: tuple[str, ...], answer: bytes):
         self.server = server
         self.socket = sock
         self.assets = assets  # what it follows, in the order tracked
@@ -223,7 +227,7 @@ class Connection:
         self.unanswered = 0  # pings since the last pong
         self.watched = 0  # selector events, the reader's own note
         self.lock = threading.Lock()
-        self.kept = bytearray(head)  # bytes that must go out before any other: never tear a frame
+        self.kept = bytearray(answer)  # bytes that must go out before any other: never tear a frame
         self.owed = assets  # assets whose current price has to follow the kept bytes
         self.version = 0  # of the last publish it got, or will get through `owed`
         self.closing = False  # a close frame is sent or kept: nothing may follow it
@@ -249,7 +253,7 @@ class Connection:
 
     def send_close(self, status: int = 1000, reason: bytes | str = b"") -> None:
         """Queue a close frame and hang up behind it; ValueError for a reason over 123 bytes of UTF-8."""
-        self.close(close_reason(status, reason))
+        self.close(encode_close(status, reason))
 
     def close(self, payload: bytes) -> None:
         """Queue a close frame with this payload; the reader waits up to 5 s for the client to hang up."""
@@ -361,7 +365,7 @@ class Connection:
 
     def _receive_frame(self, fin: bool, opcode: int, payload: bytes) -> None:
         if opcode == OPCODE_CLOSE_CONN:
-            self.close(close_payload(payload))
+            self.close(checked_close(payload))
         elif opcode == OPCODE_PING:
             with self.lock:  # kept, not sent: one write answers all the pings of a turn
                 if not self.closing:
@@ -433,6 +437,7 @@ class PriceServer(WebsocketServer):
         self.last_success_time = 0.0  # epoch seconds
         self.last_error: str | None = None
         self.paused = False  # set while polls are left out because nobody listens
+        self.client_came = threading.Event()  # set with each new client, for a poller that pauses
         self.credits_used: int | None = None
         self.credits_left: int | None = None
         self.counts = Counter(dict.fromkeys(COUNTERS, 0))  # for /metrics
@@ -591,19 +596,19 @@ class PriceServer(WebsocketServer):
     def handler_to_client(self, handler: Connection) -> dict[str, Any] | None:
         return self._clients.get(handler)
 
-    def admit(self, sock: socket.socket, address: Any, assets: tuple[str, ...], head: bytes) -> Connection:
-        """Make a client of a handshake: it gets `head`, the prices known so far, and every publish from now on.
+    def admit(self, sock: socket.socket, address: Any, assets: tuple[str, ...], answer: bytes) -> Connection:
+        """Make a client of a handshake: it gets `answer`, the prices known so far, and every publish from now on.
 
         Raises Refusal when there are `max_clients` already, Denied while deny_new_connections is in force.
         """
-        connection = Connection(self, sock, assets, head)
+        connection = Connection(self, sock, assets, answer)
         with connection.lock:
             with self._lock:
                 if self._deny_clients:
-                    raise Denied(close_reason(**self._deny_clients))
+                    raise Denied(encode_close(**self._deny_clients))
                 if len(self._clients) >= self.max_clients:
-                    self.warn("full", f"full: {self.max_clients} clients are connected, the next ones get 503")
-                    raise Refusal(503, f"full: {self.max_clients} clients are connected", {"Retry-After": "10"})
+                    self.warn("full", f"full, clients connected: {self.max_clients}; the next ones get 503")
+                    raise Refusal(503, f"full, clients connected: {self.max_clients}", {"Retry-After": "10"})
                 del self._handshakes[sock]  # so shutdown_request leaves it open
                 self.id_counter += 1
                 self._clients[connection] = {"id": self.id_counter, "handler": connection, "address": address}
@@ -613,8 +618,9 @@ class PriceServer(WebsocketServer):
 
     def park(self, connection: Connection) -> None:
         """Hand an admitted client to the reader, which takes it out again when it leaves."""
+        self.client_came.set()
         self.call("new_client", connection)
-        logger.debug("client came, %d are connected", len(self._clients))
+        logger.debug("client came, clients connected: %d", len(self._clients))
         self.watch(connection)
 
     def call(self, callback: str, connection: Connection, *message: str | bytes) -> None:
@@ -695,7 +701,7 @@ class PriceServer(WebsocketServer):
         self.call("client_left", connection)
         with self._lock:
             del self._clients[connection]
-        logger.debug("client left, %d are connected", len(self._clients))
+        logger.debug("client left, clients connected: %d", len(self._clients))
 
     # Handshakes and housekeeping
 
@@ -735,7 +741,7 @@ class PriceServer(WebsocketServer):
 
         Any other leaves no trace, for the thread. So does each while a new_client callback is set: it may block.
         """
-        if "new_client" in vars(self):
+        if "new_client" in vars(self):  # where set_fn_new_client puts it
             return False
         self.gate.wait()
         request.setblocking(False)
@@ -752,7 +758,7 @@ class PriceServer(WebsocketServer):
         return False
 
     def shutdown_request(self, request: socket.socket) -> None:
-        """The handshake thread's last step; a socket that the reader has by now stays open."""
+        """A handshake's last step; a socket that the reader has by now stays open."""
         with self._lock:
             handshake = self._handshakes.pop(request, None)
         if handshake is not None:
@@ -814,6 +820,8 @@ class PriceServer(WebsocketServer):
         self._reader = threading.Thread(target=self._read_clients, name="reader", daemon=True)
         self._reader.start()
         super()._run_forever(threaded)
+        if threaded:
+            self.thread.name = "server"
 
     def _disconnect_clients_gracefully(self, status: int = 1000, reason: bytes = b"") -> None:
         for client in self.clients:
@@ -861,7 +869,7 @@ class _RequestReader(io.BufferedReader):
     room = MAX_REQUEST
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(self.room + 1)
+        line = super().readline(self.room + 1)  # whatever `size` is: the room is the bound
         self.room -= len(line)
         if self.room < 0:
             raise LineTooLong("request")
@@ -871,7 +879,7 @@ class _RequestReader(io.BufferedReader):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads one HTTP request and answers it, or makes a client of it. Runs in a handshake thread."""
+    """Reads one HTTP request and answers it, or makes a client of it, in a handshake thread."""
 
     server: PriceServer
     rfile: "_RequestReader"
@@ -889,7 +897,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.gate.wait()
         try:
             self.raw_requestline = self.rfile.readline()
-            if self.raw_requestline and self.parse_request() and self.respond():
+            if self.parse_request() and self.respond():
                 return  # it is a client now, and the reader's
         except LineTooLong:
             self.send_error(431)
@@ -957,11 +965,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64")
         if not self._origin_is_allowed():
             raise Refusal(403, f"origin {self.headers['Origin'][:100]} is not allowed")
-        head = WebSocketHandler.make_handshake_response(keys[0].strip()).encode()
+        answer = WebSocketHandler.make_handshake_response(keys[0].strip()).encode()
         try:
-            connection = self.server.admit(self.request, self.client_address, assets, head)
+            connection = self.server.admit(self.request, self.client_address, assets, answer)
         except Denied as denied:
-            self.wfile.write(head + encode_frame(OPCODE_CLOSE_CONN, denied.payload))
+            self.wfile.write(answer + encode_frame(OPCODE_CLOSE_CONN, denied.payload))
             return False
         try:
             connection.inbox += self.early_bytes()
@@ -999,7 +1007,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_dashboard(self) -> None:
         try:
-            page = DASHBOARD.read_bytes()
+            page = DASHBOARD.read_bytes().replace(b"\r\n", b"\n")  # as a browser reads it before it hashes
         except OSError as error:
             raise Refusal(404, f"no page: {DASHBOARD.name} beside {Path(__file__).name}: {error.strerror}") from None
         # Only the script and the style that stand in the page may run, and only this server may be asked.
@@ -1019,7 +1027,7 @@ class Handler(BaseHTTPRequestHandler):
         headers: dict[str, str] | None = None,
     ) -> None:
         """Send a whole answer; HEAD gets all but the body."""
-        self.server.extend(self.request, ANSWER_TIMEOUT)
+        self.server.extend(self.request, TAKE_TIMEOUT)
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
@@ -1073,7 +1081,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class EagerHandler(Handler):
-    """Upgrades a request whose bytes, `head`, are only looked at so far. Raises Refusal for any other."""
+    """Upgrades a request whose bytes, `head`, are only looked at so far, in the server thread.
+
+    Raises Refusal for any other; what it writes is lost, as the thread answers anew.
+    """
 
     def __init__(self, request: socket.socket, client_address: Any, server: PriceServer, head: bytes):
         self.head = head

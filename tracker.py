@@ -12,6 +12,7 @@ import argparse
 import logging
 import math
 import os
+import queue
 import random
 import re
 import signal
@@ -33,7 +34,7 @@ ASSETS = ("BTC", "ETH", "XRP", "BCH", "ADA", "LTC", "LINK", "XLM", "DOT", "SOL")
 QUOTE = "USD"
 INTERVAL = 5.0  # seconds
 MAX_BACKOFF = 60.0  # seconds
-SPARE_FILES = 50  # descriptors for all that is not a client: handshakes, CoinAPI, the log
+SPARE_FILES = 50  # descriptors for all that is not a client; a storm of handshakes waits in the kernel's queue
 DAY = 86_400  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -42,9 +43,6 @@ logger = logging.getLogger("tracker")
 
 class PriceSource(Protocol):
     """What the poller asks for prices: CoinApi, DemoApi, or your own."""
-
-    credits_used: int | None
-    credits_left: int | None
 
     def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]: ...
 
@@ -70,7 +68,8 @@ class Poller:
         self.interval = interval
         self.pause_when_idle = pause_when_idle
         self.clock = clock
-        self.wake = wake or threading.Event()  # set to look again: stopped, or a client came
+        # Set to look again: stopped, or a client came.
+        self.wake = wake or (server.client_came if pause_when_idle else threading.Event())
         self.stopping = False
         self.key_refused = False
         self._polls = 0
@@ -98,10 +97,6 @@ class Poller:
         self.stopping = True
         self.wake.set()
 
-    def client_came(self, client: object, server: object) -> None:
-        """A new_client callback: ends a pause."""
-        self.wake.set()
-
     def poll(self) -> float:
         """One poll. Seconds from its start until the next; raises nothing."""
         self._polls += 1
@@ -114,12 +109,13 @@ class Poller:
             logger.debug("unexpected", exc_info=True)
             return self._failed(CoinApiError(f"unexpected {type(error).__name__}: {error}"))
         finally:
-            self.server.credits_used = self.source.credits_used
-            self.server.credits_left = self.source.credits_left
+            self.server.credits_used = getattr(self.source, "credits_used", None)
+            self.server.credits_left = getattr(self.source, "credits_left", None)
+            self.server.paused = False
         logger.debug("polled: %d prices", len(updates))
         if self._failures:
             logger.info(
-                "prices again after %.0f s and %d failed polls", self.clock() - self._failing_since, self._failures
+                "prices again after %.0f s, failed polls: %d", self.clock() - self._failing_since, self._failures
             )
             self._failures, self._trouble = 0, ""
         self._note_missing(set(self.server.assets).difference(update.asset_id for update in updates))
@@ -155,14 +151,10 @@ class Poller:
     def _wait_for_clients(self) -> bool:
         """With `pause_when_idle`, block while there is no client; whether there was none."""
         waited = False
-        while self.pause_when_idle and not self.stopping:
-            self.server.paused = True
-            if self.server.clients:
-                break
-            waited = True
+        while self.pause_when_idle and not self.stopping and not self.server.clients:
+            self.server.paused = waited = True
             self.wake.wait()
             self.wake.clear()
-        self.server.paused = False
         return waited
 
 
@@ -181,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.once:
         return poll_once(source, options.assets)
 
-    stop = threading.Event()
+    stop: queue.SimpleQueue[None] = queue.SimpleQueue()  # put may interrupt get; an Event's set hangs in its wait
 
     def on_signal(number: int, frame: object) -> None:
-        stop.set()
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # a second one ends the program at once
+        stop.put(None)
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
@@ -205,25 +197,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = getattr(error, "strerror", None) or error
         return _fail(1, f"cannot listen on {options.host} port {options.port}: {reason}; choose with --host, --port")
     poller = Poller(source, server, options.interval, options.pause_when_idle)
-    if options.pause_when_idle:
-        server.set_fn_new_client(poller.client_came)
 
     def poll() -> None:
         poller.run()
-        stop.set()  # it ended by itself: the key was refused
+        stop.put(None)  # it ended by itself: the key was refused
 
     # Threads inherit this: a signal that another thread took would not end the wait of this one.
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     server.run_forever(threaded=True)
+    _announce(options, server)
     threading.Thread(target=poll, name="poller", daemon=True).start()
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    _announce(options, server)
-    while not stop.wait(1.0):  # with a timeout: without one, Windows delivers no signal here
-        pass
+    while True:
+        try:
+            stop.get(timeout=1.0)  # without a timeout, Windows would deliver no signal here
+            break
+        except queue.Empty:
+            pass
     poller.stop()
-    logger.info("stopping, %d clients are connected", len(server.clients))
+    logger.info("stopping, clients connected: %d", len(server.clients))
     server.shutdown_gracefully(1001, b"server is stopping")
     logger.info("stopped")
     return _fail(1, f"{server.last_error}: check COIN_API_KEY") if poller.key_refused else 0
@@ -235,6 +229,8 @@ def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
         updates = source.fetch_prices(assets)
     except CoinApiError as error:
         return _fail(1, str(error))
+    except Exception as error:
+        return _fail(1, f"unexpected {type(error).__name__}: {error}")
     missing = [asset_id for asset_id in assets if asset_id not in {update.asset_id for update in updates}]
     if missing:
         logger.warning("no sound price for %s in the answer", ", ".join(missing))
@@ -251,14 +247,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--assets", type=_assets, default=ASSETS, metavar="BTC,ETH", help="what to track, in this order (default: ten)")
-    add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: USD)")
-    add("--interval", type=_interval, default=INTERVAL, metavar="SECONDS", help="between two polls (default: 5)")
-    add("--host", type=_host, default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    add("--port", type=_port, default=3030, help="0 takes a free one (default: 3030)")
+    add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: %(default)s)")
+    add(
+        "--interval",
+        type=_interval,
+        default=INTERVAL,
+        metavar="SECONDS",
+        help="between two polls (default: %(default)s)",
+    )
+    add(
+        "--host",
+        type=_host,
+        default="127.0.0.1",
+        help="address to listen on; 127.0.0.1 is this machine only (default: %(default)s)",
+    )
+    add("--port", type=_port, default=3030, help="0 takes a free one (default: %(default)s)")
     add("--demo", action="store_true", help="simulated prices, without a key")
     add("--once", action="store_true", help="print the prices of one poll and exit")
     add("--pause-when-idle", action="store_true", help="do not poll while no client is connected")
-    add("--max-clients", type=_count, default=10_000, metavar="N", help="the next one gets 503 (default: 10000)")
+    add("--max-clients", type=_count, default=10_000, metavar="N", help="the next one gets 503 (default: %(default)s)")
     add("--allow-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
         help="web origin whose pages may read, like https://example.org; may be repeated (default: all)")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -346,12 +353,14 @@ def _fit_file_limit(max_clients: int) -> int:
 def _announce(options: argparse.Namespace, server: PriceServer) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # noqa: S104
     address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
-    logger.info("dashboard http://%s/ and WebSocket ws://%s/ws", address, address)
+    everywhere = "" if host == options.host else ", on all addresses of this machine"
+    logger.info("dashboard http://%s/ and WebSocket ws://%s/ws%s", address, address, everywhere)
     names = f"{', '.join(options.assets)} in {options.quote}"
     if options.demo:
         logger.info("DEMO, simulated prices: %s every %g s", names, options.interval)
     else:
         cost = f"1 request every {options.interval:g} s, {DAY / options.interval:,.0f} a day"
+        cost += " at the most" if options.pause_when_idle else ""
         logger.info("tracking %s: %s", names, cost)
 
 

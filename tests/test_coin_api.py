@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 import re
 import socket
 import time
@@ -63,6 +64,11 @@ def test_prices_come_in_the_order_asked_for_with_coinapis_own_time(http: respons
 def test_an_update_is_one_line_of_compact_json() -> None:
     update = PriceUpdate("BTC", 45000.0, "2026-11-22T07:44:05.1234567Z")
     assert update.to_json() == '{"asset_id":"BTC","price":45000.0,"time":"2026-11-22T07:44:05.1234567Z"}'
+
+
+def test_no_message_holds_what_is_no_json() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        PriceUpdate("BTC", math.nan, "t").to_json()
 
 
 def test_a_price_is_the_nearest_double_of_28_digits_and_a_whole_number_is_a_price(

@@ -314,6 +314,18 @@ def test_the_page_may_run_its_own_script_only_and_ask_this_server_only(priced: P
     assert "unsafe" not in policy
 
 
+def test_a_page_with_windows_line_ends_is_sent_as_the_browser_hashes_it(
+    priced: PriceServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = tmp_path / "dashboard.html"
+    page.write_bytes(price_server.DASHBOARD.read_bytes().replace(b"\n", b"\r\n"))
+    expected = get(priced, "/")
+    monkeypatch.setattr(price_server, "DASHBOARD", page)
+    answer = get(priced, "/")
+    assert answer.content == expected.content
+    assert answer.headers["Content-Security-Policy"] == expected.headers["Content-Security-Policy"]
+
+
 def test_without_its_page_the_server_says_what_is_missing(
     priced: PriceServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

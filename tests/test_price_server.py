@@ -338,7 +338,7 @@ def test_the_one_over_max_clients_gets_503_and_is_let_in_when_one_leaves(start_s
     with honest(server), honest(server):
         status, headers, body = ask(server.port, request())
         assert (status, headers["Retry-After"]) == (503, "10")
-        assert json.loads(body) == {"error": "full: 2 clients are connected"}
+        assert json.loads(body) == {"error": "full, clients connected: 2"}
     gone(server)
     assert ask(server.port, request())[0] == 101
 

@@ -154,7 +154,7 @@ def test_an_outage_is_one_warning_and_one_info_with_its_length(caplog: pytest.Lo
     run([GOOD, *[CoinApiError("CoinAPI answered 503: busy") for _ in range(3)]], until=50)
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("WARNING", "no prices: CoinAPI answered 503: busy; next try in 5 s"),
-        ("INFO", "prices again after 35 s and 3 failed polls"),
+        ("INFO", "prices again after 35 s, failed polls: 3"),
     ]
 
 
@@ -203,6 +203,18 @@ def test_an_asset_without_a_price_is_named_once_until_it_is_back(caplog: pytest.
 def test_the_server_learns_of_the_credits() -> None:
     _, server, _ = run([CoinApiError("x")], until=1)
     assert (server.credits_used, server.credits_left) == (17, -4)
+
+
+def test_a_source_of_ones_own_needs_fetch_prices_only() -> None:
+    time, server = FakeTime(6), FakeServer()
+
+    class Own:
+        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
+            return GOOD
+
+    time.poller = Poller(Own(), server, 5.0, clock=time, wake=time)  # type: ignore[arg-type]
+    time.poller.run()
+    assert server.published == [GOOD, GOOD]
 
 
 class IdleTime(FakeTime):
@@ -377,6 +389,20 @@ def test_once_without_an_answer_is_exit_1_with_the_reason(coin_api: StandIn) -> 
     coin_api.say(b"", status=503)
     done = start("--once", COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "tracker.py: CoinAPI answered 503\n")
+
+
+def test_once_with_an_error_of_the_source_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
+            raise KeyError("rates")
+
+    assert tracker.poll_once(Broken(), ("BTC",)) == 1
+    assert capsys.readouterr().err == "tracker.py: unexpected KeyError: 'rates'\n"
+
+
+def test_all_addresses_are_said_to_be_open() -> None:
+    with Tracker("--demo", "--host", "0.0.0.0") as running:
+        assert running.find(rf"ws://127.0.0.1:{running.port}/ws, on all addresses of this machine")
 
 
 def test_once_names_an_asset_that_has_no_price(coin_api: StandIn) -> None:
