@@ -31,9 +31,9 @@ from running import ASSETS, Tracker, wait_for
 from stand_in import KEY, OUT_OF_CREDITS, StandIn, rates_body
 
 INTERVAL = 0.1  # seconds
-ENOUGH_TO_FILL = 100  # polls of 731 bytes: more than a server's and a stalled client's buffers hold
+ENOUGH_TO_FILL = 280  # polls of 731 bytes, 0.2 MB: more than the buffers on both sides hold
 WITHOUT_DOT = 50  # every so many polls, DOT has no rate
-MEMORY_ROOM = 5 << 20  # bytes of growth after the warm-up; the history takes 0.7 MB of it in half an hour
+MEMORY_ROOM = 8 << 20  # bytes of growth after the warm-up, 5 MiB in half an hour: history 0.7, the rest malloc settling
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S.*")
 PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"([0-9.]+)"\}')
 
@@ -464,7 +464,7 @@ class Stalling(Client):
     def stall(self) -> None:
         assert self.socket
         self.crowd.selector.unregister(self.socket)
-        self.pause = self.crowd.random.choice((2.0, 8.0, 20.0, 50.0) if self.crowd.seconds >= 120 else (1.0, 2.0))
+        self.pause = self.crowd.random.choice((2.0, 8.0, 20.0, 70.0) if self.crowd.seconds >= 120 else (1.0, 2.0))
         self.crowd.seen["stalls"] += 1
         newest = self.crowd.newest
         self.full = False
@@ -472,7 +472,7 @@ class Stalling(Client):
         def look() -> None:
             self.full = self.crowd.newest - newest >= ENOUGH_TO_FILL
 
-        self.while_open(15.0, look)  # it must be behind from here on, or CoinAPI failed too often
+        self.while_open(35.0, look)  # it must be behind from here on, or CoinAPI failed too often
         self.while_open(self.pause, self.resume)
 
     def resume(self) -> None:
