@@ -481,7 +481,8 @@ def installed(name: str) -> bool:
 def visits() -> dict[str, Future[Visit]]:
     """All clients at once at one server, through 60 pings that each of them has to answer."""
     from coin_api import PriceUpdate
-    from price_server import OPCODE_PING, PriceServer
+    from price_server import PriceServer
+    from price_server.frames import Opcode, encode_frame
 
     server = PriceServer(ASSETS)
     server.run_forever(threaded=True)
@@ -493,8 +494,9 @@ def visits() -> dict[str, Future[Visit]]:
         )
         for number in range(1, 61):
             for client in server.clients:
+                ping = encode_frame(Opcode.PING, random.randbytes(125) if number % 2 else b"")
                 client["handler"].unanswered = 1
-                client["handler"].send_frame(OPCODE_PING, random.randbytes(125) if number % 2 else b"")
+                server.call(lambda handler=client["handler"], ping=ping: handler.send_frames(ping))
             wait_for(lambda: not any(client["handler"].unanswered for client in server.clients), what="all pongs")
             server.publish([PriceUpdate(asset, float(number), "now") for asset in ASSETS])
     server.shutdown_gracefully()

@@ -1,0 +1,19 @@
+"""All that clients see: the WebSocket feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
+
+    server.py      PriceServer: the server thread's loop, publish, clients, start and stop
+    connection.py  one accepted socket: what came and is not whole yet, what must go out and did not fit
+    frames.py      RFC 6455: bytes to frames and messages, and back
+    web.py         the head of an HTTP request to what is sent back
+    figures.py     the latest prices and the counters
+    history.py     the prices of the past, in SQLite
+    dashboard.html the page
+
+Threads: `server` waits for sockets, in one selector loop over the listener and every connection; it
+owns all of these, the latest prices and the counters. `history` waits for the disk and owns the
+database. Both are daemons, so that a program which forgets to stop them still ends; both stop in
+`shutdown_gracefully` and `shutdown_abruptly`. Other threads hand the server's a function to call.
+"""
+
+from .server import PriceServer
+
+__all__ = ["PriceServer"]

@@ -1,0 +1,229 @@
+"""The latest prices and the counters of one server, and what /healthz and /metrics say of them.
+
+No socket, no thread: the server thread owns all of it. What the poller alone sets (`paused`,
+`credits_used`, `credits_left`, `poll_seconds`, `last_error`) are whole values, replaced and never changed.
+"""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+from .frames import Opcode, encode_frame
+
+METRICS = (  # name without "price_tracker_", type, help
+    ("clients", "gauge", "Open WebSocket clients."),
+    ("max_clients", "gauge", "Clients allowed; the next one is refused."),
+    ("clients_refused_total", "counter", "Requests for the feed that got no client, by reason."),
+    ("clients_dropped_total", "counter", "Clients that the server hung up on, by reason."),
+    ("messages_sent_total", "counter", "Messages handed to the network."),
+    ("polls_total", "counter", "Polls of the price source, by result."),
+    ("poll_duration_seconds", "gauge", "How long the last poll took."),
+    ("last_success_timestamp_seconds", "gauge", "When a poll last succeeded; 0 for never."),
+    ("interval_seconds", "gauge", "From one poll to the next."),
+    ("stale_after_seconds", "gauge", "Age from which on prices count as stale."),
+    ("start_timestamp_seconds", "gauge", "When the server was made."),
+    ("paused", "gauge", "1 while polls are left out because nobody listens."),
+    ("price", "gauge", "Last price of one asset, in the quote currency."),
+    ("price_timestamp_seconds", "gauge", "The source's own time of that price."),
+    ("assets_without_price", "gauge", "Tracked assets that never had a price."),
+    ("credits_used", "gauge", "Credits used, as CoinAPI last said."),
+    ("credits_left", "gauge", "Credits left, as CoinAPI last said; below 0 when more are billed."),
+)
+REFUSED = ("asset", "denied", "full", "handshake", "origin")
+DROPPED = ("behind", "disconnected", "failed", "memory", "no_close", "no_pong", "queue_full", "unfinished")
+
+
+class Update(Protocol):
+    """What `publish` takes; `coin_api.PriceUpdate` is one."""
+
+    @property
+    def asset_id(self) -> str: ...
+    @property
+    def price(self) -> float: ...
+    @property
+    def time(self) -> str: ...
+    def to_json(self) -> str: ...
+
+
+class Figures:
+    """What one server knows: its assets, their last prices, and how it is.
+
+    interval: seconds between two polls. clock: steady seconds; wall_clock: epoch seconds.
+    """
+
+    stale_floor = 60.0  # seconds; CoinAPI's own times lag by about 30 s
+
+    def __init__(
+        self,
+        assets: Sequence[str],
+        *,
+        quote: str = "USD",
+        source: str = "coinapi",
+        interval: float = 5.0,
+        max_clients: int = 10_000,
+        allow_origins: Iterable[str] = (),
+        pause_when_idle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        self.assets = tuple(assets)
+        self.quote = quote
+        self.source = source
+        self.interval = interval
+        self.max_clients = max_clients
+        self.allow_origins = frozenset(origin.lower().rstrip("/") for origin in allow_origins)
+        self.pause_when_idle = pause_when_idle
+        self.clock = clock
+        self.wall_clock = wall_clock
+        self.started_at = wall_clock()  # epoch seconds
+
+        self.updates: dict[str, Update] = {}  # the last of each asset, in the order tracked
+        self.frames: dict[str, bytes] = {}  # the same, as they go out
+        self._snapshots: dict[tuple[str, ...], bytes] = {}  # the same, by what a client follows
+        self.last_success: float | None = None  # steady seconds
+        self.last_success_time = 0.0  # epoch seconds
+        self.last_error: str | None = None
+        self.paused = False  # while polls are left out because nobody listens
+        self.poll_seconds: float | None = None  # the last poll's duration
+        self.credits_used: int | None = None
+        self.credits_left: int | None = None
+        self.client_count = 0
+        self.client_came = threading.Event()  # set with each new client, for a poller that pauses
+        self.counts = Counter(
+            {"messages_sent_total": 0}
+            | {f'polls_total{{result="{result}"}}': 0 for result in ("success", "failure")}
+            | {f'clients_refused_total{{reason="{reason}"}}': 0 for reason in REFUSED}
+            | {f'clients_dropped_total{{reason="{reason}"}}': 0 for reason in DROPPED}
+        )
+
+    # What changes them
+
+    def remember(self, updates: dict[str, Update], frames: dict[str, bytes]) -> None:
+        """Note a successful poll; an asset that it does not have keeps its last price."""
+        known_updates, known_frames = self.updates | updates, self.frames | frames
+        self.updates = {asset: known_updates[asset] for asset in self.assets if asset in known_updates}
+        self.frames = {asset: known_frames[asset] for asset in self.updates}
+        self._snapshots = {}
+        self.last_success, self.last_success_time, self.last_error = self.clock(), self.wall_clock(), None
+        self.counts['polls_total{result="success"}'] += 1
+
+    def report_failure(self, reason: str) -> None:
+        """Note a poll that brought no prices; `reason` is shown at /healthz until one succeeds."""
+        self.last_error = reason
+        self.counts['polls_total{result="failure"}'] += 1
+
+    def count_refused(self, reason: str) -> None:
+        self.counts[f'clients_refused_total{{reason="{reason}"}}'] += 1
+
+    def count_dropped(self, reason: str) -> None:
+        self.counts[f'clients_dropped_total{{reason="{reason}"}}'] += 1
+
+    # What they tell
+
+    def encode(self, updates: Iterable[Update]) -> tuple[dict[str, Update], dict[str, bytes]]:
+        """A poll's updates and their frames; ValueError for an asset that is not tracked."""
+        new = {update.asset_id: update for update in updates}
+        for asset_id in new:
+            if asset_id not in self.assets:
+                raise ValueError(self.unknown(asset_id))
+        return new, {asset: encode_frame(Opcode.TEXT, update.to_json().encode()) for asset, update in new.items()}
+
+    def snapshot(self, assets: tuple[str, ...]) -> bytes:
+        """The frames of all prices known so far, for a client that follows `assets`."""
+        snapshot = self._snapshots.get(assets)
+        if snapshot is None:
+            snapshot = b"".join([self.frames[asset] for asset in assets if asset in self.frames])
+            self._snapshots[assets] = snapshot
+        return snapshot
+
+    def unknown(self, asset_id: str) -> str:
+        """The message for an asset that is not tracked."""
+        return f"unknown asset {asset_id[:40]!r}: this server tracks {', '.join(self.assets)}"
+
+    @property
+    def stale_after(self) -> float:
+        """Seconds after which prices are no longer current."""
+        return max(3 * self.interval, self.stale_floor)
+
+    def age(self) -> float | None:
+        """Seconds since the last successful poll, or None."""
+        return None if self.last_success is None else self.clock() - self.last_success
+
+    def status(self) -> str:
+        """One of: ok; starting, before the first success; stale; paused, while polls are left out."""
+        age = self.age()
+        if self.paused:
+            return "paused"
+        if age is None:
+            return "starting"
+        return "ok" if age <= self.stale_after else "stale"
+
+    def health(self, ranges: Sequence[Any]) -> dict[str, Any]:
+        """The fields of /healthz."""
+        age = self.age()
+        return {
+            "status": self.status(),
+            "time": round(self.wall_clock(), 3),
+            "age_seconds": None if age is None else round(age, 3),
+            "stale_after_seconds": self.stale_after,
+            "interval_seconds": self.interval,
+            "pause_when_idle": self.pause_when_idle,
+            "clients": self.client_count,
+            "max_clients": self.max_clients,
+            "source": self.source,
+            "quote": self.quote,
+            "assets": self.assets,
+            "without_price": self.without_price(),
+            "ranges": ranges,
+            "last_error": self.last_error,
+        }
+
+    def without_price(self) -> list[str]:
+        """The assets that never had a price."""
+        return [asset for asset in self.assets if asset not in self.updates]
+
+    def metrics(self) -> str:
+        """The counters and gauges in Prometheus' text format; what is not known is left out."""
+        samples: dict[str, float | None] = {
+            **self.counts,
+            "clients": self.client_count,
+            "max_clients": self.max_clients,
+            "poll_duration_seconds": self.poll_seconds,
+            "last_success_timestamp_seconds": self.last_success_time,
+            "interval_seconds": self.interval,
+            "stale_after_seconds": self.stale_after,
+            "start_timestamp_seconds": self.started_at,
+            "paused": int(self.paused),
+            "assets_without_price": len(self.without_price()),
+            "credits_used": self.credits_used,
+            "credits_left": self.credits_left,
+        }
+        for asset, update in self.updates.items():
+            labels = f'{{asset_id="{asset}",quote="{self.quote}"}}'
+            samples[f"price{labels}"] = update.price
+            samples[f"price_timestamp_seconds{labels}"] = _epoch(update.time)
+        families: dict[str, list[str]] = {name: [] for name, _, _ in METRICS}
+        for key, value in samples.items():
+            if value is not None:
+                families[key.partition("{")[0]].append(f"price_tracker_{key} {value}\n")
+        return "".join(
+            f"# HELP price_tracker_{name} {text}\n# TYPE price_tracker_{name} {kind}\n" + "".join(families[name])
+            for name, kind, text in METRICS
+            if families[name]
+        )
+
+    def health_json(self, ranges: Sequence[Any]) -> bytes:
+        return json.dumps(self.health(ranges)).encode()
+
+
+def _epoch(time_text: str) -> float | None:
+    """Epoch seconds of a time like CoinAPI's, or None for another kind of text."""
+    try:
+        moment = datetime.fromisoformat(time_text)
+        return moment.timestamp() if moment.tzinfo else None
+    except (ValueError, OverflowError):
+        return None

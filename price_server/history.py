@@ -1,0 +1,425 @@
+"""Keep the prices of the past: by the second for an hour, by the day for a year, in a file that outlives the program.
+
+All of it belongs to one thread, the only one that may wait for a disk: the SQLite connections are made and used there.
+Other threads leave polls (`add`) and questions (`ask`) and go on; polls go before questions.
+
+Questions are answered from a table in memory. With a file there is the same table in it: read when it is opened, and
+then written with each poll. So a disk that is full, gone or locked costs no answer, only what a restart would find,
+and that is written as soon as the disk takes it.
+"""
+
+import json
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """How far back a chart goes, and how far apart its points are."""
+
+    name: str
+    seconds: int
+    step: int  # seconds
+
+
+RANGES = (  # about 360 points each, and no two with the same step
+    Range("1h", 3600, 10),
+    Range("24h", 86400, 300),
+    Range("7d", 7 * 86400, 1800),
+    Range("30d", 30 * 86400, 7200),
+    Range("1y", 365 * 86400, 86400),
+)
+MAX_QUESTIONS = 100  # waiting
+FRESH = 10.0  # seconds that answers and `ranges` are good for while no poll comes: the shortest step
+BUSY_TIMEOUT = 0.1  # seconds: no question waits longer behind a lock that another program holds
+APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: it is ours
+VERSION = 1  # of the table
+
+# The time stands first in the key: the points of one poll lie side by side, so that it changes about 5 pages of the
+# file and not 50, and what is too old is found at once, whosever it is.
+TABLE = """CREATE TABLE IF NOT EXISTS points (
+    step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
+    PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
+WRITE = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
+FILL = "INSERT OR IGNORE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
+DELETE = "DELETE FROM points WHERE step = ? AND slot < ?"
+READ_ALL = "SELECT * FROM points WHERE source = ? AND quote = ?"
+WITHIN = "FROM points WHERE step = ? AND slot BETWEEN ? AND ? AND source = ? AND quote = ? AND time > ? AND time <= ?"
+READ = f"SELECT asset, time, price {WITHIN} ORDER BY slot"
+READ_OLDEST = f"SELECT time {WITHIN} ORDER BY slot, time LIMIT 1"
+
+logger = logging.getLogger(__name__)
+
+
+class HistoryError(ValueError):
+    """The file cannot be used; the text is one line that names it and the way out."""
+
+
+class Question(NamedTuple):
+    """What is asked, whom to tell, and whether that one still waits."""
+
+    span: Range
+    assets: tuple[str, ...]
+    answer: Callable[[list[bytes] | None], None]
+    wanted: Callable[[], bool]
+
+
+class Points:
+    """Points that are still to be written: the last in each step, and no more steps than their range has."""
+
+    def __init__(self) -> None:
+        self._most = {span.step: span.seconds // span.step + 1 for span in RANGES}
+        self._slots: dict[int, dict[int, dict[str, tuple[float, str]]]] = {step: {} for step in self._most}
+
+    def add(self, step: int, slot: int, asset: str, at: float, price: str) -> None:
+        slots = self._slots[step]
+        slots.setdefault(slot, {})[asset] = (at, price)
+        if len(slots) > self._most[step]:
+            del slots[next(iter(slots))]  # the one that came first
+
+    def __bool__(self) -> bool:
+        return any(self._slots.values())
+
+    def __iter__(self) -> Iterator[tuple[int, int, str, float, str]]:
+        for step, slots in self._slots.items():
+            for slot, prices in slots.items():
+                for asset, (at, price) in prices.items():
+                    yield step, slot, asset, at, price
+
+
+class History:
+    """The prices of the past, and the thread that keeps them.
+
+    source, quote: part of each point's key: simulated prices, or those in another currency, are never mixed in.
+    file: None keeps the past in memory alone.
+    ranges: as /healthz shows them; `since` is the time of the oldest point, or None. Replaced whole, never changed.
+    """
+
+    retry_interval = 1.0  # seconds until a file that could not be opened or written is tried again
+    locked_interval = 0.1  # seconds, where it was locked: two first starts in the same moment collide
+
+    def __init__(
+        self,
+        assets: tuple[str, ...],
+        quote: str,
+        source: str,
+        file: str | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._assets, self._key, self._file, self._wall_clock = assets, (source, quote), file, wall_clock
+        self.ranges: tuple[dict[str, Any], ...] = tuple(span._asdict() | {"since": None} for span in RANGES)
+
+        # What other threads leave or look at. `_changed` guards it, and nobody holds it while waiting for a disk.
+        self._changed = threading.Condition()
+        self._waiting = Points()
+        self._questions: deque[Question] = deque()
+        self._starting, self._stopping = True, False  # whether the file may still be refused; whether to end
+        self._opened = threading.Event()  # or refused
+        self._refusal: HistoryError | None = None
+        self._failing = False  # the file is behind, and that was logged
+        self._reason = f"history file {file!r} does not answer"
+
+        # The thread's own.
+        self._memory: sqlite3.Connection
+        self._disk: sqlite3.Connection | None = None
+        self._identity = (0, 0)  # of the file that is open
+        self._unsaved = Points()  # what the file lacks
+        self._next_look = 0.0  # monotonic time
+        self._answers: dict[Range, dict[str, bytes]] = {}  # by range and asset, as of the last poll
+        self._answers_time = 0.0
+        # A daemon: a disk that hangs must not keep the program from ending.
+        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+
+    # For other threads
+
+    def start(self, wait: float = 2.0) -> None:
+        """Start the thread, and wait that long at the most for the file; after that it is opened when it can be.
+
+        Raises HistoryError when the file is refused meanwhile.
+        """
+        self._thread.start()
+        self._opened.wait(wait)
+        with self._changed:
+            self._starting = False
+            self._failing = late = not self._opened.is_set()
+        if self._refusal is not None:
+            raise self._refusal
+        if late:
+            self._warn()
+
+    def add(self, prices: dict[str, str], at: float) -> None:
+        """Leave one poll, made `at` epoch seconds; the prices are the text that the feed sends. Never waits."""
+        with self._changed:
+            for span in RANGES:
+                for asset, price in prices.items():
+                    self._waiting.add(span.step, int(at // span.step), asset, at, price)
+            self._changed.notify()
+
+    def ask(
+        self,
+        range_name: str,
+        assets: tuple[str, ...],
+        answer: Callable[[list[bytes] | None], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """Leave a question; False when too many wait.
+
+        answer: called in the history thread with the parts of the JSON object {"BTC":[[epoch_seconds,price],...],...};
+            answers share them. None says that it failed.
+        wanted: called when its turn has come: a question that nobody waits for is dropped.
+        """
+        (span,) = (span for span in RANGES if span.name == range_name)
+        with self._changed:
+            if self._stopping or len(self._questions) >= MAX_QUESTIONS:
+                return False
+            self._questions.append(Question(span, assets, answer, wanted))
+            self._changed.notify()
+        return True
+
+    def stop(self, wait: float = 0.5) -> None:
+        """Have what is left written, and the thread end; a disk that hangs is waited for that long at the most."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(wait)
+
+    # The thread
+
+    def _run(self) -> None:
+        """Wait; keep what was polled, or else answer one question; look after the file. Only `stop` ends it."""
+        self._memory = sqlite3.connect(":memory:")
+        self._memory.execute(TABLE)
+        stopping = False
+        while not (stopping or self._refusal):
+            with self._changed:
+                pause = self._next_look - time.monotonic()
+                self._changed.wait_for(lambda: self._waiting or self._questions or self._stopping, pause)
+                polls, self._waiting = self._waiting, Points()
+                question = self._questions.popleft() if self._questions and not polls else None
+                stopping = self._stopping
+            try:
+                if polls:
+                    self._keep(polls)
+                if question:
+                    self._answer(question)
+                if stopping or time.monotonic() >= self._next_look:
+                    self._look()
+            except BaseException:  # SystemExit too, which an answer may raise
+                logger.exception("history had an error, and goes on")
+        self._close()
+        self._memory.close()
+
+    def _keep(self, polls: Points) -> None:
+        self._write(self._memory, polls)
+        self._answers = {}
+        if self._file is not None:
+            for point in polls:
+                self._unsaved.add(*point)
+        self._show_ranges()
+        if not self._failing:
+            self._save()
+
+    def _look(self) -> None:
+        """What is due without a poll too: points grow too old, and a file that failed may be usable again."""
+        self._next_look = time.monotonic() + FRESH
+        self._show_ranges()
+        self._save()
+
+    def _write(self, table: sqlite3.Connection, points: Points) -> None:
+        """One transaction: these points, and away with what is too old for its range."""
+        now = self._wall_clock()
+        with table:
+            table.executemany(WRITE, ((step, slot, *self._key, *point) for step, slot, *point in points))
+            table.executemany(DELETE, [(span.step, (now - span.seconds) // span.step) for span in RANGES])
+
+    def _within(self, span: Range, now: float) -> tuple[Any, ...]:
+        """The values for WITHIN. Points ahead of a clock that was set back are hidden until it reaches them."""
+        oldest = now - span.seconds
+        return span.step, oldest // span.step, now // span.step, *self._key, oldest, now
+
+    def _show_ranges(self) -> None:
+        now = self._wall_clock()
+        found = [self._memory.execute(READ_OLDEST, self._within(span, now)).fetchone() for span in RANGES]
+        self.ranges = tuple(
+            span._asdict() | {"since": row[0] if row else None} for span, row in zip(RANGES, found, strict=True)
+        )
+
+    # Questions
+
+    def _answer(self, question: Question) -> None:
+        if not question.wanted():
+            return
+        try:
+            parts = self._parts(question.span, question.assets)
+        except Exception:
+            logger.exception("a question to history failed")
+            question.answer(None)
+        else:
+            question.answer(parts)
+
+    def _parts(self, span: Range, assets: tuple[str, ...]) -> list[bytes]:
+        now = self._wall_clock()
+        if not 0 <= now - self._answers_time < FRESH:
+            self._answers, self._answers_time = {}, now
+        if span not in self._answers:
+            self._answers[span] = self._read(span, now)
+        parts = [part for asset in assets for part in (b",", self._answers[span][asset])]
+        return [b"{", *parts[1:], b"}"]
+
+    def _read(self, span: Range, now: float) -> dict[str, bytes]:
+        """The points of each asset in one range, as a member of the answer's JSON object."""
+        texts: dict[str, list[str]] = {asset: [] for asset in self._assets}
+        for asset, at, price in self._memory.execute(READ, self._within(span, now)):
+            texts[asset].append(f"[{at:.3f},{price}]")
+        return {asset: f"{json.dumps(asset)}:[{','.join(points)}]".encode() for asset, points in texts.items()}
+
+    # The file
+
+    def _save(self) -> None:
+        """Open the file where it is not open, and write to it what it lacks; when that fails, try again later."""
+        try:
+            if self._file is not None and self._disk is None:
+                self._disk = self._open(self._file)
+                self._show_ranges()
+            if self._file is not None and self._disk is not None and self._unsaved:
+                if _identity(self._file) != self._identity:  # SQLite writes into a deleted file without an error
+                    # Or what stands in FILE-wal would be taken for changes of the file that is there now.
+                    self._disk.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                    raise HistoryError(f"history file {self._file!r} was deleted or replaced")
+                self._write(self._disk, self._unsaved)
+                self._unsaved = Points()
+        except (HistoryError, OSError, sqlite3.Error) as error:
+            self._failed(error)
+        else:
+            with self._changed:
+                recovered, self._failing = self._failing, False
+                self._opened.set()
+            if recovered:
+                logger.info("history file %r is up to date again", self._file)
+
+    def _failed(self, error: Exception) -> None:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
+        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+            self._close()
+        locked = code == sqlite3.SQLITE_BUSY
+        self._next_look = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
+        self._reason = str(error) if isinstance(error, HistoryError) else f"history file {self._file!r}: {error}"
+        with self._changed:
+            if self._starting and isinstance(error, HistoryError):
+                self._refusal = error
+                self._opened.set()
+            known = self._starting or self._failing
+            self._failing = not self._starting
+        if not known:
+            self._warn()
+
+    def _warn(self) -> None:
+        logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
+
+    def _open(self, file: str) -> sqlite3.Connection:
+        """Open the file and learn what is in it. Raises HistoryError, with nothing changed, when it is refused."""
+        path = os.path.realpath(file)
+        complaint = _complaint(path)
+        if complaint:
+            raise HistoryError(f"history file {file!r} {complaint}, or name another file")
+        disk = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level="IMMEDIATE")
+        try:
+            if disk.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):  # a new one
+                disk.execute("BEGIN IMMEDIATE")
+                disk.execute(TABLE)
+                disk.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                disk.execute(f"PRAGMA user_version = {VERSION}")
+                disk.execute("COMMIT")
+            disk.execute("PRAGMA journal_mode = WAL")
+            disk.execute("PRAGMA synchronous = NORMAL")
+            self._identity = _identity(file)
+            known = self._memory.execute(READ_ALL, self._key).fetchall()
+            with self._memory:
+                rows = (row for row in disk.execute(READ_ALL, self._key) if row[4] in self._assets)
+                self._memory.executemany(FILL, rows)
+        except BaseException:
+            disk.close()
+            raise
+        for step, slot, _, _, *point in known:  # a file that was deleted is made anew with what is known
+            self._unsaved.add(step, slot, *point)
+        self._answers = {}
+        return disk
+
+    def _close(self) -> None:
+        try:
+            if self._disk is not None:
+                self._disk.close()
+        except sqlite3.Error:
+            pass  # it is given up in any case
+        self._disk = None
+
+
+def _identity(file: str) -> tuple[int, int]:
+    """Device and inode: what tells two files of the same name apart; (0, 0) for none."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_dev, status.st_ino
+
+
+def _complaint(path: str) -> str | None:
+    """Why this cannot be the file, and what to do; found out without writing to it or beside it."""
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        return f"is in a directory that does not exist: make {directory!r}"
+    if os.path.isdir(path):
+        return "is a directory: name a file in it"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "is no regular file: remove it"  # a pipe would be waited for
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"gets files beside it: make {directory!r} writable"
+    if not os.path.exists(path):
+        return None
+    if not os.access(path, os.R_OK | os.W_OK):
+        return "must be readable and writable: change its permissions"
+    with open(path, "rb") as file:
+        head = file.read(100)
+    return (_complaint_about_head(head) or _complaint_about_content(path)) if head else None
+
+
+def _complaint_about_head(head: bytes) -> str | None:
+    """All that is read of somebody else's database: SQLite itself would put files beside it."""
+    if not head.startswith(b"SQLite format 3\0"):
+        return "is no SQLite database: move it away"
+    if len(head) < 100:
+        return "is damaged: put a copy in its place"
+    version, application = int.from_bytes(head[60:64], "big"), int.from_bytes(head[68:72], "big")
+    if application != APPLICATION_ID:
+        return "is a database of another program: move it away"
+    if version > VERSION:
+        return "was made by a newer version of this program: use that one"
+    return None
+
+
+def _complaint_about_content(path: str) -> str | None:
+    new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
+    disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+    try:
+        (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        code = error.sqlite_errorcode & 0xFF
+        if code == sqlite3.SQLITE_READONLY:
+            return None  # its first start was cut short: to undo the rest of that needs writing
+        if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
+        verdict = str(error)
+    finally:
+        disk.close()
+    if verdict == "ok":
+        return None
+    for beside in new:
+        Path(beside).unlink(missing_ok=True)
+    return f"is damaged ({verdict}): put a copy in its place"

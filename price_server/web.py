@@ -1,0 +1,293 @@
+"""The head of one HTTP request to what is sent back: an answer, or an upgrade and the assets it follows.
+
+Reads the server's figures; no socket, no connection, no thread. What is asked of history is a
+`Question`: the connection has it answered, and `answer_history` makes the HTTP of that.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from .figures import Figures
+
+MAX_REQUEST = 32 << 10  # bytes of request line and headers
+MAX_QUERY = 1 << 10  # bytes, so that taking it apart is a matter of microseconds
+MAX_FIELDS = 100  # of a query
+DASHBOARD = Path(__file__).with_name("dashboard.html")
+ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+JSON = "application/json"
+
+
+class Answer(NamedTuple):
+    """A whole HTTP answer, the last that its connection gets, in pieces; large ones are shared by all who take them."""
+
+    pieces: Sequence[bytes]
+    status: int = 200
+    refused: str = ""  # why a request for the feed got no client
+
+
+class Upgrade(NamedTuple):
+    """A client: `head` makes it one, `assets` it follows, `forwarded_for` is what a proxy says of its address."""
+
+    head: bytes
+    assets: tuple[str, ...]
+    forwarded_for: str
+
+
+class Question(NamedTuple):
+    """A request that only history can answer."""
+
+    request: "Request"
+    range_name: str
+    assets: tuple[str, ...]
+
+
+class Refusal(Exception):
+    """An HTTP error answer: its status, the text of its JSON, the headers it needs."""
+
+    def __init__(self, status: int, message: str, refused: str = "", **headers: str):
+        super().__init__(message)
+        self.status = status
+        self.refused = refused
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class Request(BaseHTTPRequestHandler):
+    """The standard library's parser, on a head that is whole: `command`, `path`, `request_version`, `headers`."""
+
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.1"  # or garbage is answered as in HTTP 0.9, without a status
+
+    def __init__(self, head: bytes):
+        self.command, self.path, self.query = "", "", ""
+        self.headers: Any = {}
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+
+    def parse(self) -> None:
+        """Raises Refusal for what is no request that this server answers."""
+        if not self.parse_request():
+            raise Refusal(400, "empty request")
+        if self.command not in ("GET", "HEAD"):
+            raise Refusal(405, f"method {self.command[:20]} is not supported, only GET and HEAD", Allow="GET, HEAD")
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            raise Refusal(400, "the request target is not a URL") from None
+        if len(url.query) > MAX_QUERY:
+            raise Refusal(414, f"query of {len(url.query)} bytes: {MAX_QUERY} are the most")
+        self.path, self.query = unquote(url.path), url.query
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What `parse_request` finds wrong."""
+        raise Refusal(code, message or HTTPStatus(code).phrase)
+
+    def handle_expect_100(self) -> bool:
+        return True  # the answer comes at once, whatever body would follow
+
+    def tokens(self, header: str) -> list[str]:
+        """The parts of a header that is a list."""
+        return [token.strip().lower() for token in ",".join(self.headers.get_all(header, [])).split(",")]
+
+    def all(self, header: str) -> list[str]:
+        return [value.strip() for value in self.headers.get_all(header, [])]
+
+    def fields(self, name: str) -> list[str] | None:
+        """The values of this field of the query; None when it does not stand there."""
+        try:
+            return parse_qs(self.query, keep_blank_values=True, max_num_fields=MAX_FIELDS).get(name)
+        except ValueError:
+            raise Refusal(400, f"query of more than {MAX_FIELDS} fields") from None
+
+
+def find_end(buffer: bytearray, searched: int) -> int:
+    """Where the first empty line of a head ends, CRLF or LF; -1 while it has none.
+
+    searched: how much of it was looked at before, so that a dribbling peer costs nothing.
+    """
+    if buffer.startswith((b"\n", b"\r\n")):
+        return buffer.index(b"\n") + 1
+    start = max(searched - 3, 0)
+    ends = [at + len(mark) for mark in (b"\n\r\n", b"\n\n") if (at := buffer.find(mark, start)) >= 0]
+    return min(ends, default=-1)
+
+
+def respond(head: bytes, figures: Figures, ranges: Sequence[Any]) -> Answer | Upgrade | Question:
+    """What is to be done about a request whose head is whole. `ranges`: what history keeps, as /healthz tells it."""
+    request = Request(head)
+    try:
+        request.parse()
+        match request.path.split("/")[1:]:
+            case ["ws"]:
+                return _upgrade(request, figures)
+            case ["history"]:
+                return _question(request, figures, ranges)
+            case parts:
+                return _answer_path(parts, request, figures, ranges)
+    except Refusal as refusal:
+        return refuse(refusal, figures, request)
+
+
+def refuse(refusal: Refusal, figures: Figures, request: Request | None = None) -> Answer:
+    """Errors are JSON; the standard library's are HTML."""
+    body = json.dumps({"error": str(refusal)}).encode()
+    answer = _answer(request, figures, body, status=refusal.status, **refusal.headers)
+    return answer._replace(refused=refusal.refused)
+
+
+def answer_history(question: Question, figures: Figures, pieces: list[bytes] | None) -> Answer:
+    """The HTTP of what history said; `pieces` is None when it could not be asked, or did not answer."""
+    if pieces is None:
+        refusal = Refusal(503, "history does not answer for now", Retry_After="10")
+        return refuse(refusal, figures, question.request)
+    return _answer(question.request, figures, *pieces)
+
+
+def _answer_path(parts: list[str], request: Request, figures: Figures, ranges: Sequence[Any]) -> Answer:
+    match parts:
+        case [""]:
+            return _dashboard(request, figures)
+        case ["prices"]:
+            updates = ",".join([update.to_json() for update in figures.updates.values()])
+            return _answer(request, figures, f"[{updates}]".encode())
+        case ["prices", asset_id]:
+            return _answer(request, figures, _price(asset_id.upper(), figures))
+        case ["healthz"]:
+            status = 200 if figures.status() in ("ok", "paused") else 503
+            return _answer(request, figures, figures.health_json(ranges), status=status)
+        case ["metrics"]:
+            text = figures.metrics().encode()
+            return _answer(request, figures, text, content_type="text/plain; version=0.0.4; charset=utf-8")
+    raise Refusal(404, "not found: there are /, /ws, /prices, /history, /healthz and /metrics")
+
+
+def _upgrade(request: Request, figures: Figures) -> Upgrade:
+    """The opening handshake (RFC 6455, 4.2)."""
+    assets = _wanted(request, figures, refused="asset")
+    key = _checked_key(request)
+    if not _origin_is_allowed(request, figures):
+        raise Refusal(403, f"origin {request.headers['Origin'][:100]} is not allowed", "origin")
+    if figures.client_count >= figures.max_clients:
+        raise Refusal(503, f"full, clients connected: {figures.max_clients}", "full", Retry_After="10")
+    accept = base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest())  # noqa: S324 - the RFC's
+    head = (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
+    )
+    return Upgrade(head, assets, request.headers.get("X-Forwarded-For", ""))
+
+
+def _checked_key(request: Request) -> str:
+    """The Sec-WebSocket-Key of a proper upgrade."""
+    if (
+        request.command != "GET"
+        or request.request_version < "HTTP/1.1"
+        or "websocket" not in request.tokens("Upgrade")
+        or "upgrade" not in request.tokens("Connection")
+    ):
+        message = "this path speaks WebSocket: connect to it with a WebSocket client"
+        raise Refusal(426, message, "handshake", Upgrade="websocket")
+    if request.tokens("Sec-WebSocket-Version") != ["13"]:
+        raise Refusal(426, "Sec-WebSocket-Version must be 13", "handshake", Sec_WebSocket_Version="13")
+    if len(request.all("Host")) != 1:
+        raise Refusal(400, "there must be one Host header", "handshake")
+    match request.all("Sec-WebSocket-Key"):
+        case [key] if re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
+            return key
+    raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64", "handshake")
+
+
+def _question(request: Request, figures: Figures, ranges: Sequence[Any]) -> Question:
+    names = [each["name"] for each in ranges]
+    range_name = (request.fields("range") or names[:1])[-1]
+    if range_name not in names:
+        raise Refusal(400, f"unknown range {range_name[:40]!r}: there are {', '.join(names)}")
+    return Question(request, range_name, _wanted(request, figures))
+
+
+def _wanted(request: Request, figures: Figures, refused: str = "") -> tuple[str, ...]:
+    """The assets of `?assets=`, in the order tracked; all when it does not say."""
+    values = request.fields("assets")
+    if values is None:
+        return figures.assets
+    ids = {asset_id.strip().upper() for asset_id in ",".join(values).split(",")}
+    for asset_id in sorted(ids.difference(figures.assets)):
+        raise Refusal(400, figures.unknown(asset_id), refused)
+    return tuple(asset for asset in figures.assets if asset in ids)
+
+
+def _price(asset_id: str, figures: Figures) -> bytes:
+    if asset_id not in figures.assets:
+        raise Refusal(404, figures.unknown(asset_id))
+    if asset_id not in figures.updates:
+        raise Refusal(503, f"no price of {asset_id} is known yet", Retry_After="5")
+    return figures.updates[asset_id].to_json().encode()
+
+
+def _dashboard(request: Request, figures: Figures) -> Answer:
+    try:
+        page = DASHBOARD.read_bytes().replace(b"\r\n", b"\n")  # as a browser reads it before it hashes
+    except OSError as error:
+        raise Refusal(404, f"no page: {DASHBOARD.name} beside {Path(__file__).name}: {error.strerror}") from None
+    # Only the script and the style that stand in the page may run, and only this server may be asked.
+    hashes = {tag: _hashes(rb"<%b>(.*?)</%b>" % (tag, tag), page) for tag in (b"script", b"style")}
+    policy = (
+        f"default-src 'none'; script-src {hashes[b'script']}; style-src {hashes[b'style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    )
+    return _answer(request, figures, page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
+
+
+def _hashes(pattern: bytes, page: bytes) -> str:
+    digests = [hashlib.sha256(part).digest() for part in re.findall(pattern, page, re.DOTALL)]
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+
+def _answer(
+    request: Request | None,
+    figures: Figures,
+    *body: bytes,
+    content_type: str = JSON,
+    status: int = 200,
+    **headers: str,
+) -> Answer:
+    """A whole answer; HEAD gets all but the body."""
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "Server: price-server",  # the standard library's default tells the exact Python version
+        f"Date: {formatdate(usegmt=True)}",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {sum(map(len, body))}",
+        "Cache-Control: no-store",
+        "X-Content-Type-Options: nosniff",
+        "Connection: close",
+    ]
+    if not figures.allow_origins:
+        lines.append("Access-Control-Allow-Origin: *")
+    else:
+        lines.append("Vary: Origin")
+        if request and "Origin" in request.headers and _origin_is_allowed(request, figures):
+            lines.append(f"Access-Control-Allow-Origin: {request.headers['Origin']}")
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    return Answer([head] if request and request.command == "HEAD" else [head, *body], status)
+
+
+def _origin_is_allowed(request: Request, figures: Figures) -> bool:
+    """A browser's page may read if it came from here, or from an allowed origin; the rest are no browsers."""
+    origin = request.headers.get("Origin")
+    if origin is None or not figures.allow_origins:
+        return True
+    origin = origin.lower()
+    if not origin.isprintable():
+        return False  # a folded header would be sent back as one more
+    return origin in figures.allow_origins or origin.partition("://")[2] == request.headers.get("Host", "").lower()
