@@ -71,7 +71,7 @@ class Run:
                     next_trouble, recovered = time.monotonic() + pause, source.good
                 time.sleep(min(0.5, self.seconds / 50))
             usage = t.usage()
-            result = self.end(source, t, crowd)
+            result = self.end(source, t, crowd, before[1])
             self.report(source, t, result, before, warm, usage)
         for line in self.wrong:
             print("WRONG", line)
@@ -83,7 +83,7 @@ class Run:
         command = [sys.executable, program, str(port), str(self.clients), str(self.seconds)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def end(self, source: Source, tracker: Tracker, crowd: "subprocess.Popen[str]") -> dict[str, Any]:
+    def end(self, source: Source, tracker: Tracker, crowd: "subprocess.Popen[str]", files: int) -> dict[str, Any]:
         """Let the last poll arrive, have the clients leave, stop; what the clients saw."""
         source.fail("the end", 1 << 30)
         wait_for(lambda: source.bad["the end"], 30)  # so the good answer before it is published
@@ -96,7 +96,8 @@ class Run:
             crowd.kill()
             result = {"seen": {}, "wrong": {"the process of the clients ended without a result": 1}, "delays": {}}
         try:
-            wait_for(lambda: metrics(tracker)["clients"] == 0 and tracker.usage()[0] <= 4, 15)
+            wait_for(lambda: metrics(tracker)["clients"] == 0, 15)
+            wait_for(lambda: tracker.usage()[1] <= files, 15)
         except AssertionError:
             pass  # the report tells
         self.after = tracker.usage()
@@ -159,9 +160,7 @@ class Run:
         for what, times in result["wrong"].items():
             self.check(False, f"{times} times: {what}")
         self.check(rows[2][3] - rows[1][3] < MEMORY_ROOM, "memory grew")
-        # A handshake that says nothing has its thread for 10 s; so one for each rude client at the most.
-        self.check(most[0] <= before[0] + self.clients // 10 + 10, "more threads than rude clients")
-        self.check(warm < 30 or rows[2][1] <= rows[1][1] + 10, "more threads than after the warm-up")
+        self.check(most[0] <= MOST_THREADS, f"more than {MOST_THREADS} threads")
         self.check(
             warm < 30 or abs(rows[2][2] - rows[1][2]) <= self.clients / 20,
             "other number of files than after the warm-up",
