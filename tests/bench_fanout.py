@@ -1,359 +1,108 @@
 """Measure what one poll costs with N clients: this server, what people would use instead, and the floor.
 
     python tests/bench_fanout.py [--clients 100,1000,8000] [--rounds 15] [--sides this,picows] [--quick]
+                                 [--before DIR] [--python]
 
-Each side is a server process of its own and has a reader process of its own, which opens the N
-connections and does nothing but read. A round is one poll: the side sends the same ten messages
-to every client, message by message, as its own documentation shows. Its time runs from just
+Each side is a server process of its own (bench_sides.py) and has a reader process of its own, which
+opens the N connections and does nothing but read. A round is one poll: the side sends the same ten
+messages to every client, message by message, as its own documentation shows. Its time runs from just
 before the first send until the last client has its last byte; all processes stamp with
 CLOCK_MONOTONIC, which is one for the machine. All sides stay connected and take turns, so that
 noise hits all alike. No side compresses or pings; the messages are made beforehand (this server
 makes its own, timed). In a first round, not timed, every client's bytes must be the expected ones.
 
-The table has the median and the worst round, the median as a multiple of this server's and of
-the floor's, and what N clients add to the server process: memory (RSS after garbage collection,
-connected and after one round) and threads. A side that cannot hold N clients says why; one whose
-package is missing is left out and named. The exit status is 1 when any byte was missing or too
-many. The last sections run the real `tracker.py`. Needs Linux or macOS, psutil, and for `ws`
-Node with `npm install --prefix .venv ws`.
+The floor and the readers are small C programs, compiled at the start, on Linux with a C compiler;
+elsewhere, and with --python, Python ones, which are slower: the output says which it was. --before
+takes an earlier checkout of this program into the same run: `git worktree add ../before COMMIT`.
+
+The table has the median and the worst round, the median as a multiple of this server's, of the
+earlier one's and of the floor's, and what N clients add to the server process: memory (RSS after
+garbage collection, connected and after one round) and threads. A side that cannot hold N clients
+says why; one whose package is missing is left out and named. The exit status is 1 when any byte was
+missing or too many. The last sections run the real `tracker.py`, and `ab` (Debian's apache2-utils).
+Needs Linux or macOS, psutil, and for `ws` Node with `npm install --prefix .venv ws`.
 """
 
 import argparse
-import asyncio
-import gc
-import importlib.metadata
 import json
 import math
 import os
 import platform
 import queue
-import resource
-import selectors
-import socket
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-ENVIRONMENT = {"NODE_PATH": str(ROOT / ".venv" / "node_modules")} | os.environ
-HOST = "127.0.0.1"
-KEY, ACCEPT = b"dGhlIHNhbXBsZSBub25jZQ==", b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455, 1.3
+from bench_sides import BEFORE, ENVIRONMENT, FLOOR, IN_FLIGHT, SIDES, THIS, WS, Side, installed, raise_file_limit
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 TIME = "2021-10-20T21:34:13.0000000Z"  # the stand-in's, so that a tracker sends the same bytes
-PING, PONG = b"\x89\x00", b"\x8a\x80\x00\x00\x00\x00"  # as the tracker sends it; the masked answer
-IN_FLIGHT = 32  # connections being opened at a time
 CHUNKS = 4  # parts in which the clients are connected, the sides taking turns
-CONNECT_TIMEOUT = 30.0  # seconds for one part
-ROUND_TIMEOUT = 20.0  # seconds
+CONNECT_TIMEOUT = 30.0  # seconds for one part, and for a round: those of the readers
+ROUND_TIMEOUT = 20.0
 BUDGET = 70.0  # seconds of rounds for one N; behind it those missing of --rounds are left out
 SETTLE = 0.2  # seconds from the last arrival until clients count as idle
 PAUSE = 0.02  # seconds between two turns, for what is still on its way, like acknowledgements
 
 
-# The sides: each runs in a server process, `obey` has them send and tell
+# The processes
 
 
-def this_server(messages: list[str]) -> None:
-    import price_server
-    from coin_api import PriceUpdate
+class Setup(NamedTuple):
+    """What all sections run with."""
 
-    price_server.PING_INTERVAL = math.inf  # as for the other sides; the tracker below keeps its pings
-    price_server.BEHIND_TIMEOUT = math.inf  # stalled clients stay for as long as they are measured
-    updates = [PriceUpdate(**json.loads(message)) for message in messages]
-    server = price_server.PriceServer([update.asset_id for update in updates], max_clients=1_000_000)
-    server.run_forever(threaded=True)
+    messages: Sequence[str]  # one poll
+    before: str  # the directory of the earlier checkout
+    compiled: dict[str, str]  # the C programs
 
-    async def send() -> None:
-        server.publish(updates)
+    def server_command(self, side: Side) -> list[str]:
+        if side.serve is None:
+            return ["node", "--expose-gc", "-e", WS, json.dumps(self.messages)]
+        if side.name == FLOOR and FLOOR in self.compiled:
+            return [self.compiled[FLOOR], self.frames().hex()]
+        directory = self.before if side.name == BEFORE else str(HERE.parent)
+        return [sys.executable, str(HERE / "bench_sides.py"), side.name, directory, json.dumps(self.messages)]
 
-    def behind() -> int:
-        return sum(bool(client["handler"].kept or client["handler"].owed) for client in server.clients)
+    def crowd_command(self) -> list[str]:
+        return [self.compiled["crowd"]] if "crowd" in self.compiled else [sys.executable, str(HERE / "bench_crowd.py")]
 
-    asyncio.run(obey(server.port, send, lambda: len(server.clients), behind))
+    def frames(self) -> bytes:
+        """The bytes of one poll."""
+        return b"".join(bytes([0x81, len(message)]) + message.encode() for message in self.messages)
 
-
-def floor(messages: list[str]) -> None:
-    """Nothing but the loop of `send` that no server can do without."""
-    sockets = []
-    listener = socket.create_server((HOST, 0), backlog=1024)
-    frames = b"".join(bytes([0x81, len(message)]) + message.encode() for message in messages)
-
-    def accept() -> None:
-        while True:
-            sock, _ = listener.accept()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.recv(4096)
-            sock.send(
-                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Accept: " + ACCEPT + b"\r\n\r\n"
-            )
-            sockets.append(sock)
-
-    async def send() -> None:
-        for sock in sockets:
-            sock.send(frames)
-
-    threading.Thread(target=accept, daemon=True).start()
-    asyncio.run(obey(listener.getsockname()[1], send, lambda: len(sockets)))
+    def versions(self, sides: Sequence[Side]) -> dict[str, str | None]:
+        """Of each side; None for one that is not installed."""
+        known = {side.name: installed(side) for side in sides}
+        known[FLOOR] = "in C" if FLOOR in self.compiled else "in Python"
+        if self.before:
+            git = ["git", "-C", self.before, "log", "-1", "--format=%h"]
+            known[BEFORE] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return known
 
 
-def websocket_server(messages: list[str]) -> None:
-    from websocket_server import WebsocketServer
-
-    server = WebsocketServer(HOST, 0)
-    server.run_forever(threaded=True)
-
-    async def send() -> None:
-        for message in messages:
-            server.send_message_to_all(message)
-
-    asyncio.run(obey(server.port, send, lambda: len(server.clients)))
-
-
-async def websockets(messages: list[str]) -> None:
-    from websockets.asyncio.server import ServerConnection, broadcast, serve
-
-    clients = set()
-
-    async def handle(connection: ServerConnection) -> None:
-        clients.add(connection)
-        await connection.wait_closed()
-
-    async def send() -> None:
-        for message in messages:
-            broadcast(clients, message)
-
-    async with serve(handle, HOST, 0, compression=None, ping_interval=None) as server:
-        await obey(next(iter(server.sockets)).getsockname()[1], send, lambda: len(clients))
-
-
-async def aiohttp(messages: list[str]) -> None:
-    from aiohttp import web
-
-    clients = set()
-
-    async def handle(request: web.Request) -> web.WebSocketResponse:
-        connection = web.WebSocketResponse(compress=False)
-        await connection.prepare(request)
-        clients.add(connection)
-        async for _ in connection:
-            pass
-        return connection
-
-    async def send() -> None:  # asyncio.gather for each message takes 1.6 times as long
-        for message in messages:
-            for connection in clients:
-                await connection.send_str(message)
-
-    app = web.Application()
-    app.router.add_get("/ws", handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, HOST, 0).start()
-    await obey(runner.addresses[0][1], send, lambda: len(clients))
-
-
-async def picows(messages: list[str]) -> None:
-    from picows import WSListener, WSMsgType, WSTransport, ws_create_server
-
-    clients = set()
-    payloads = [message.encode() for message in messages]
-
-    class Listener(WSListener):
-        def on_ws_connected(self, transport: WSTransport) -> None:
-            clients.add(transport)
-
-    async def send() -> None:
-        for payload in payloads:
-            for transport in clients:
-                transport.send(WSMsgType.TEXT, payload)
-
-    server = await ws_create_server(lambda request: Listener(), HOST, 0)
-    await obey(server.sockets[0].getsockname()[1], send, lambda: len(clients))
-
-
-WS = """
-const {WebSocketServer, WebSocket} = require("ws");
-const messages = JSON.parse(process.argv[1]);
-const options = {host: "127.0.0.1", port: 0, perMessageDeflate: false};
-const server = new WebSocketServer(options, () => console.log(JSON.stringify({port: server.address().port})));
-require("readline").createInterface({input: process.stdin}).on("line", line => {
-  const start = Number(process.hrtime.bigint()) / 1e9;
-  if (line === "send") {
-    for (const message of messages)
-      for (const client of server.clients)
-        if (client.readyState === WebSocket.OPEN) client.send(message);
-  } else gc();
-  console.log(JSON.stringify({start, clients: server.clients.size}));
-}).on("close", () => process.exit());
-"""
-
-
-async def obey(
-    port: int, send: Callable[[], Awaitable[None]], clients: Callable[[], int], behind: Callable[[], int] = lambda: 0
-) -> None:
-    """Answer each line on stdin with one of JSON: "send" is a poll, all else collects garbage."""
-    lines = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    print(json.dumps({"port": port}), flush=True)
-    while line := await lines.readline():
-        answer: dict[str, float] = {"start": time.monotonic()}
-        if line == b"send\n":
-            await send()
-        else:
-            gc.collect()
-            answer |= {"clients": clients(), "behind": behind()}
-        print(json.dumps(answer), flush=True)
-
-
-class Side(NamedTuple):
-    name: str
-    package: str  # what has to be installed; "" for nothing
-    serve: Callable[[list[str]], Any] | None  # None for Node's
-    in_flight: int = IN_FLIGHT
-
-
-SIDES = (
-    Side("this server", "", this_server),
-    Side("floor", "", floor),
-    Side("websocket-server", "websocket-server", websocket_server, in_flight=4),  # its backlog is 5
-    Side("websockets", "websockets", websockets),
-    Side("aiohttp", "aiohttp", aiohttp),
-    Side("picows", "picows", picows),
-    Side("ws", "ws", None),
-)
-THIS, FLOOR = SIDES[0].name, SIDES[1].name
-
-
-# The reader process
-
-
-class Client:
-    __slots__ = ("missing", "seen", "sock")
-
-    def __init__(self, sock: socket.socket):
-        self.sock = sock
-        self.missing = 0  # bytes, in this round
-        self.seen = b""  # what came, in a round that checks it
-
-
-class Reader:
-    """Opens connections and reads them, all in one thread; does what it is told on stdin."""
-
-    def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
-        self.clients: list[Client] = []
-        self.stalled: list[socket.socket] = []  # never read
-        self.buffer = bytearray(1 << 16)
-
-    def run(self) -> None:
-        for line in sys.stdin:
-            command = json.loads(line)
-            try:
-                answer = getattr(self, command.pop("do"))(**command)
-            except (OSError, ValueError) as error:
-                answer = {"error": str(error)}
-            print(json.dumps(answer), flush=True)
-
-    def connect(self, port: int, clients: int, in_flight: int, stall: bool) -> dict[str, float]:
-        """Open this many connections, `in_flight` at a time."""
-        opening: deque[socket.socket] = deque()
-        start = time.monotonic()
-        for number in range(clients + in_flight):
-            if number >= in_flight and opening:
-                self.finish(opening.popleft(), stall)
-            if number < clients:
-                opening.append(self.begin(port, stall))
-            if time.monotonic() > start + CONNECT_TIMEOUT:
-                raise TimeoutError(f"{number} of {clients} connections in {CONNECT_TIMEOUT:g} s")
-        return {"seconds": time.monotonic() - start}
-
-    def begin(self, port: int, stall: bool) -> socket.socket:
-        sock = socket.socket()
-        sock.settimeout(CONNECT_TIMEOUT)
-        if stall:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect((HOST, port))
-        sock.send(
-            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: " + KEY + b"\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
-        return sock
-
-    def finish(self, sock: socket.socket, stall: bool) -> None:
-        head = b""
-        while b"\r\n\r\n" not in head:
-            data = sock.recv(4096)
-            if not data:
-                raise ConnectionError(f"client {len(self.clients) + 1} was hung up on in its handshake")
-            head += data
-        if ACCEPT not in head:
-            raise ConnectionError(f"no handshake: {head[:60]!r}")
-        sock.setblocking(False)
-        if stall:
-            self.stalled.append(sock)
-        else:
-            self.clients.append(Client(sock))
-            self.selector.register(sock, selectors.EVENT_READ, self.clients[-1])
-
-    def round(self, poll: int, expected: str) -> dict[str, float]:
-        """Read until every client got `poll` bytes more: when 99 % of them had, and when the last had."""
-        for client in self.clients:
-            client.missing = poll
-        print("{}", flush=True)  # ready
-        done: list[float] = []
-        deadline = time.monotonic() + ROUND_TIMEOUT
-        while len(done) < len(self.clients):
-            ready = self.selector.select(max(deadline - time.monotonic(), 0))
-            if not ready:
-                raise TimeoutError(f"{len(self.clients) - len(done)} clients lack bytes after {ROUND_TIMEOUT:g} s")
-            for key, _ in ready:
-                client = key.data
-                client.missing -= self.read(client, bool(expected))
-                if client.missing == 0:
-                    done.append(time.monotonic())
-                elif client.missing < 0:
-                    raise ValueError(f"a client got {-client.missing} bytes too many")
-        for client in self.clients:
-            if client.seen != expected.encode("latin-1"):
-                raise ValueError(f"a client got other bytes: {client.seen[:80]!r}")
-            client.seen = b""
-        return {"p99": done[math.ceil(len(done) * 0.99) - 1], "last": done[-1]}
-
-    def drain(self, quiet: float, seconds: float) -> dict[str, float]:
-        """Read on until nothing came for `quiet` seconds, or for `seconds` in all."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            ready = self.selector.select(min(quiet, left))
-            if not ready and quiet < left:
-                break
-            for key, _ in ready:
-                self.read(key.data)
+def compile_programs(directory: str) -> dict[str, str]:
+    """The paths of the floor and the crowd in C; none where there is no compiler or no epoll."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or platform.system() != "Linux":
         return {}
-
-    def read(self, client: Client, keep: bool = False) -> int:
-        """How many bytes of messages came. Pings are answered; their bytes stand in no price."""
-        size = client.sock.recv_into(self.buffer)
-        if not size:
-            raise ConnectionError("a client was hung up on")
-        if keep:
-            client.seen += self.buffer[:size]
-        if (size == 2 or size > client.missing) and PING in self.buffer[:size]:
-            client.sock.send(PONG)
-            client.seen = client.seen.replace(PING, b"")
-            size -= len(PING)
-        return size
-
-
-# The benchmark's own process
+    programs = {name: str(Path(directory) / name) for name in (FLOOR, "crowd")}
+    for name, program in programs.items():
+        command = [compiler, "-O2", "-Wall", "-Wextra", "-o", program, str(HERE / f"bench_{name}.c"), "-lm"]
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        print(result.stderr, end="", file=sys.stderr)
+        if result.returncode:
+            return {}
+    return programs
 
 
 class Trouble(Exception):
@@ -406,8 +155,9 @@ class Child:
 class Crowd(Child):
     """The reader process with the clients of one server."""
 
-    def __init__(self, stack: ExitStack, in_flight: int, port: int = 0):
-        super().__init__(stack, sys.executable, __file__, "--read")
+    def __init__(self, stack: ExitStack, setup: Setup, in_flight: int, port: int = 0):
+        super().__init__(stack, *setup.crowd_command())
+        self.setup = setup
         self.in_flight = in_flight
         self.port = port
 
@@ -422,22 +172,19 @@ class Crowd(Child):
     def drain(self, quiet: float = 0.2, seconds: float = 10.0) -> None:
         self.tell("drain", seconds + 10, quiet=quiet, seconds=seconds)
 
-    def expect(self, messages: Sequence[str], check: bool = False) -> None:
+    def expect(self, check: bool = False) -> None:
         """Back as soon as the reader waits for a round, which `hear` then tells; check: byte by byte."""
-        frames = "".join(f"\x81{chr(len(message))}{message}" for message in messages)
-        self.tell("round", ROUND_TIMEOUT, poll=len(frames), expected=frames if check else "")
+        frames = self.setup.frames()
+        self.tell("round", ROUND_TIMEOUT, poll=len(frames), expected=frames.hex() if check else "")
 
 
 class Contender:
     """One side, its server starting, and what was measured of it so far."""
 
-    def __init__(self, stack: ExitStack, side: Side, messages: Sequence[str]):
-        node = ("node", "--expose-gc", "-e", WS)
-        command = node if side.serve is None else (sys.executable, __file__, "--serve", side.name)
+    def __init__(self, stack: ExitStack, side: Side, setup: Setup):
         self.name = side.name
-        self.messages = messages
-        self.server = Child(stack, *command, json.dumps(messages))
-        self.crowd = Crowd(stack, side.in_flight)
+        self.server = Child(stack, *setup.server_command(side))
+        self.crowd = Crowd(stack, setup, side.in_flight)
         self.memory = 0.0  # bytes per client
         self.threads = 0  # more than without clients
         self.connecting = 0.0  # seconds
@@ -476,7 +223,7 @@ class Contender:
         self.threads = after[1] - self.before[1]
 
     def round(self, check: bool = False) -> None:
-        self.crowd.expect(self.messages, check)
+        self.crowd.expect(check)
         start = self.server.ask("send")["start"]
         end = self.crowd.hear()
         if not check:
@@ -485,10 +232,10 @@ class Contender:
         time.sleep(PAUSE)
 
 
-def fan_out(sides: Sequence[Side], messages: Sequence[str], clients: int, rounds: int) -> list[Contender]:
+def fan_out(sides: Sequence[Side], setup: Setup, clients: int, rounds: int) -> list[Contender]:
     """All sides with this many clients, taking turns."""
     with ExitStack() as stack:
-        contenders = [Contender(stack, side, messages) for side in sides]
+        contenders = [Contender(stack, side, setup) for side in sides]
         racing = list(contenders)
 
         def each(step: Callable[[Contender], None], must: bool = True) -> None:
@@ -531,41 +278,91 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}"
 
 
-def compare(contenders: Sequence[Contender], versions: dict[str, str], clients: int, messages: int) -> None:
+def compare(contenders: Sequence[Contender], versions: dict[str, str | None], clients: int, messages: int) -> None:
     """The table of one N."""
     rows = []
     medians = {each.name: statistics.median(each.times) for each in contenders if not each.reason}
+    bases = [base for base in (THIS, BEFORE, FLOOR) if base in medians]
     for each in contenders:
         name = f"{each.name} {versions[each.name]}".rstrip()
         if each.reason:
-            rows.append([name, "FAILED" if each.failed else "cannot", *[""] * 7])
+            rows.append([name, "FAILED" if each.failed else "cannot", *[""] * (5 + len(bases))])
             continue
         median = medians[each.name]
         row = [name, milliseconds(median), milliseconds(max(each.times))]
-        row += [f"{median / medians[base]:.2f}" if base in medians else "" for base in (THIS, FLOOR)]
+        row += [f"{median / medians[base]:.2f}" for base in bases]
         row += [f"{clients * messages / median:,.0f}", f"{each.memory / 1024:.2f}", f"{each.threads:+,d}"]
         rows.append([*row, f"{clients / each.connecting:,.0f}"])
     rounds = max(len(each.times) for each in contenders)
-    head = ["side", "median ms", "worst ms", "x this", "x floor", "messages/s", "KiB/client", "threads", "accepted/s"]
+    head = ["side", "median ms", "worst ms", *(f"x {base.split()[0]}" for base in bases)]
+    head += ["messages/s", "KiB/client", "threads", "accepted/s"]
     notes = [f"{each.name}: {each.reason}." for each in contenders if each.reason]
     print_table(f"{clients:,} clients, {rounds} rounds", head, *rows, notes=notes)
 
 
-def show_growth(measured: Sequence[tuple[int, Contender]]) -> None:
+def show_growth(measured: Sequence[tuple[int, dict[str, Contender]]]) -> None:
+    """This server at each N, and how it compares with the one before."""
     rows = []
-    for clients, this in measured:
+    for clients, sides in measured:
+        this, before = sides[THIS], sides.get(BEFORE)
         median = statistics.median(this.times)
         row = [f"{clients:,}", milliseconds(median), f"{median / clients * 1e6:.1f}"]
-        rows.append([*row, f"{this.memory / 1024:.2f}", f"{this.threads:+d}"])
-    head = ["clients", "median ms", "microseconds per client", "KiB per client", "threads added"]
+        row += [f"{this.memory / 1024:.2f}", f"{this.threads:+d}", f"{clients / this.connecting:,.0f}"]
+        if before:
+            row += [f"{median / statistics.median(before.times):.2f}", f"{before.connecting / this.connecting:.2f}"]
+        rows.append(row)
+    head = ["clients", "median ms", "microseconds per client", "KiB per client", "threads added", "accepted/s"]
+    head += ["time x before", "accepted x before"] if len(rows[0]) > len(head) else []
     print_table("This server: how it grows", head, *rows)
 
 
-def show_stalled(messages: Sequence[str], clients: int, rounds: int) -> None:
+def show_requests(setup: Setup, rounds: int, requests: int) -> None:
+    """What `ab` makes of `/prices/BTC`, this server and the one before in turns."""
+    if shutil.which("ab") is None:
+        print("Left out: requests a second, as `ab` is not installed (Debian's apache2-utils).\n")
+        return
+    rates: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        contenders = [Contender(stack, side, setup) for side in SIDES[: 2 if setup.before else 1]]
+        for contender in contenders:
+            contender.start()
+            contender.server.ask("send")  # so that there is a price
+            ask_for_price(contender.crowd.port, requests)  # not counted
+        for _ in range(rounds):
+            for contender in contenders:
+                rates.setdefault(contender.name, []).append(ask_for_price(contender.crowd.port, requests))
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    rows = []
+    for name, each in rates.items():
+        row = [name, f"{medians[name]:,.0f}", f"{min(each):,.0f}", f"{max(each):,.0f}"]
+        rows.append([*row, *([f"{medians[name] / medians[BEFORE]:.2f}"] if setup.before else [])])
+    head = ["side", "median requests/s", "least", "most", *(["x before"] if setup.before else [])]
+    print_table(f"`ab -c 50` asks for /prices/BTC, {rounds} times {requests:,} requests", head, *rows)
+
+
+def ask_for_price(port: int, requests: int) -> float:
+    """Requests a second; Trouble unless each was answered with 200."""
+    command = ["ab", "-q", "-c", "50", "-n", str(requests), f"http://127.0.0.1:{port}/prices/BTC"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        raise Trouble(f"ab: {requests} requests took over 120 s") from None
+    found = {
+        name: re.search(rf"^{name}: +([\d.]+)", result.stdout, re.MULTILINE)
+        for name in ("Complete requests", "Failed requests", "Non-2xx responses", "Requests per second")
+    }
+    numbers = {name: float(match[1]) for name, match in found.items() if match}
+    right = {"Complete requests": requests, "Failed requests": 0}
+    if not right.items() <= numbers.items() or numbers.get("Non-2xx responses"):
+        raise Trouble(f"ab: {numbers or result.stderr.strip()[-200:]}")
+    return numbers["Requests per second"]
+
+
+def show_stalled(setup: Setup, clients: int, rounds: int) -> None:
     """Two of this server take turns, with as many clients that read; one has others that never do."""
     stalled = clients // 10
     with ExitStack() as stack:
-        calm, hindered = (Contender(stack, SIDES[0], messages) for _ in range(2))
+        calm, hindered = (Contender(stack, SIDES[0], setup) for _ in range(2))
         calm.start()
         hindered.start()
         hindered.crowd.connect(stalled, stall=True)
@@ -591,27 +388,27 @@ def show_stalled(messages: Sequence[str], clients: int, rounds: int) -> None:
     )
 
 
-def start_tracker(stack: ExitStack, interval: str) -> tuple[Any, Any, Crowd]:
+def start_tracker(stack: ExitStack, setup: Setup, interval: str) -> tuple[Any, Any, Crowd]:
     """A CoinAPI stand-in, a real tracker that polls it, and its clients-to-be."""
     from running import Tracker
     from stand_in import KEY, StandIn
 
     coin_api = stack.enter_context(StandIn())
     tracker = stack.enter_context(Tracker("--interval", interval, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url))
-    return coin_api, tracker, Crowd(stack, IN_FLIGHT, tracker.port)
+    return coin_api, tracker, Crowd(stack, setup, IN_FLIGHT, tracker.port)
 
 
-def show_tracker(messages: Sequence[str], clients: int, polls: int, seconds: float) -> None:
+def show_tracker(setup: Setup, clients: int, polls: int, seconds: float) -> None:
     with ExitStack() as stack:
-        coin_api, _, crowd = start_tracker(stack, "0.5")
+        coin_api, _, crowd = start_tracker(stack, setup, "0.5")
         crowd.connect(clients)
         crowd.drain()
         times = []
         for number in range(1 + polls):
-            crowd.expect(messages, check=number == 0)
+            crowd.expect(check=number == 0)
             times.append(crowd.hear()["last"] - coin_api.answered_at)
     with ExitStack() as stack:
-        (_, empty, _), (_, full, crowd) = (start_tracker(stack, "5") for _ in range(2))
+        (_, empty, _), (_, full, crowd) = (start_tracker(stack, setup, "5") for _ in range(2))
         crowd.connect(clients)
         crowd.drain()
         before, start = [tracker.usage()[3] for tracker in (empty, full)], time.monotonic()
@@ -629,18 +426,56 @@ def show_tracker(messages: Sequence[str], clients: int, polls: int, seconds: flo
     )
 
 
-def installed(side: Side) -> str | None:
-    """The version of the side's package ("" when it needs none); None when it is missing."""
-    if side.serve is not None:
-        try:
-            return importlib.metadata.version(side.package) if side.package else ""
-        except importlib.metadata.PackageNotFoundError:
-            return None
-    command = ["node", "-p", f"require('{side.package}/package.json').version"]
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--clients", default="100,1000,8000", metavar="N,N", help="default: 100,1000,8000")
+    parser.add_argument("--rounds", type=int, default=15, help="timed polls for each number of clients (default: 15)")
+    parser.add_argument("--sides", default="", metavar="this,floor", help="first letters of the sides (default: all)")
+    parser.add_argument("--before", default="", metavar="DIR", help="an earlier checkout of this program, to compare")
+    parser.add_argument("--python", action="store_true", help="floor and readers in Python, compiler or not")
+    parser.add_argument("--quick", action="store_true", help="measure tracker and requests for a moment only")
+    options = parser.parse_args(argv)
+    if options.before and not (Path(options.before) / "tracker.py").is_file():
+        parser.error(f"--before {options.before}: no tracker.py there")
+    return options
+
+
+def choose(options: argparse.Namespace, versions: dict[str, str | None]) -> list[Side]:
+    """The sides that are asked for and can run."""
+    wanted = tuple(options.sides.split(","))
+    sides = [side for side in SIDES if (options.before if side.name == BEFORE else side.name.startswith(wanted))]
+    for side in list(sides):
+        if versions[side.name] is None:
+            sides.remove(side)
+            print(f"Left out: {side.name}, which is not installed.")
+    return sides
+
+
+def measure(setup: Setup, options: argparse.Namespace) -> bool:
+    """All sections; whether every client got every byte."""
+    versions = setup.versions(SIDES)
+    sides = choose(options, versions)
+    print()
+    numbers = [int(number) for number in options.clients.split(",")]
+    whole = True
+    measured: list[tuple[int, dict[str, Contender]]] = []
     try:
-        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        for clients in numbers:
+            contenders = fan_out(sides, setup, clients, options.rounds)
+            compare(contenders, versions, clients, len(setup.messages))
+            whole &= not any(each.failed for each in contenders)
+            sound = {each.name: each for each in contenders if not each.reason}
+            if THIS in sound:
+                measured.append((clients, sound))
+        if measured:
+            show_growth(measured)
+        show_requests(setup, *((1, 200) if options.quick else (7, 3_000)))
+        show_stalled(setup, max(numbers), options.rounds)
+        show_tracker(setup, min(max(numbers), 1_000), *((3, 1.0) if options.quick else (20, 20.0)))
+    except Trouble as trouble:
+        print(f"FAILED: {trouble}")
+        return False
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -649,64 +484,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from coin_api import PriceUpdate
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--clients", default="100,1000,8000", metavar="N,N", help="default: 100,1000,8000")
-    parser.add_argument("--rounds", type=int, default=15, help="timed polls for each number of clients (default: 15)")
-    parser.add_argument("--sides", default="", metavar="this,floor", help="first letters of the sides (default: all)")
-    parser.add_argument("--quick", action="store_true", help="measure the tracker for a moment only")
-    options = parser.parse_args(argv)
-    numbers = [int(number) for number in options.clients.split(",")]
+    options = parse_arguments(argv)
     messages = [PriceUpdate(asset, float(RATES[asset]), TIME).to_json() for asset in ASSETS]
-
     print(
         f"One poll: {len(messages)} messages, {sum(map(len, messages))} bytes, to each client. "
         f"{platform.system()} {platform.release()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
         f"Python {platform.python_version()}."
     )
-    versions = {}
-    sides = [side for side in SIDES if side.name.startswith(tuple(options.sides.split(",")))]
-    for side in list(sides):
-        version = installed(side)
-        if version is None:
-            sides.remove(side)
-            print(f"Left out: {side.name}, which is not installed.")
-        versions[side.name] = version or ""
-    print()
-
-    failed = False
-    this: list[tuple[int, Contender]] = []
-    try:
-        for clients in numbers:
-            contenders = fan_out(sides, messages, clients, options.rounds)
-            compare(contenders, versions, clients, len(messages))
-            failed |= any(each.failed for each in contenders)
-            this += [(clients, each) for each in contenders if each.name == THIS and not each.reason]
-        if this:
-            show_growth(this)
-        show_stalled(messages, max(numbers), options.rounds)
-        show_tracker(messages, min(max(numbers), 1_000), 3 if options.quick else 20, 1.0 if options.quick else 20.0)
-    except Trouble as trouble:
-        print(f"FAILED: {trouble}")
-        failed = True
-    print("FAILED: not every client got every byte." if failed else "Every client got every byte.")
-    return int(failed)
-
-
-def serve(name: str, messages: str) -> None:
-    """A side's server process."""
-    (side,) = (side for side in SIDES if side.name == name)
-    assert side.serve
-    started = side.serve(json.loads(messages))
-    if started is not None:
-        asyncio.run(started)
+    with tempfile.TemporaryDirectory() as directory:
+        compiled = {} if options.python else compile_programs(directory)
+        print(f"The floor and the readers are programs in {'C' if compiled else 'Python'}.")
+        whole = measure(Setup(messages, options.before, compiled), options)
+    print("Every client got every byte." if whole else "FAILED: not every client got every byte.")
+    return int(not whole)
 
 
 if __name__ == "__main__":
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if sys.argv[1:2] == ["--read"]:
-        Reader().run()
-    elif sys.argv[1:2] == ["--serve"]:
-        serve(*sys.argv[2:])
-    else:
-        sys.exit(main())
+    raise_file_limit()
+    sys.exit(main())

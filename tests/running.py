@@ -38,15 +38,15 @@ def outside(*programs: str) -> None:
 class Tracker:
     """`with Tracker("--demo") as tracker:` runs `python tracker.py --port 0 --demo` until the block ends.
 
-    environment: set on top of an environment without COIN_API_KEY and COIN_API_URL.
+    program: what runs in its place. environment: set on top of one without COIN_API_KEY and COIN_API_URL.
     """
 
-    def __init__(self, *arguments: str, **environment: str):
+    def __init__(self, *arguments: str, program: str = "tracker.py", **environment: str):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("COIN_API_")}
         if "--port" not in arguments:
             arguments = ("--port", "0", *arguments)
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tracker.py"), *arguments],
+            [sys.executable, str(ROOT / program), *arguments],
             env=inherited | environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

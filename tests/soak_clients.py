@@ -1,0 +1,504 @@
+"""The clients of the soak, good and rude, all in one selector loop: `soak_clients.py PORT CLIENTS SECONDS`."""
+
+import heapq
+import itertools
+import json
+import random
+import re
+import selectors
+import socket
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from running import ASSETS
+from soak_source import WITHOUT_DOT
+
+ENOUGH_TO_FILL = 280  # polls of 731 bytes, 0.2 MB: more than the buffers on both sides hold
+PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"([0-9.]+)"\}')
+
+
+def client_frame(first: int, payload: bytes) -> bytes:
+    """One frame as a client sends it, with a mask of zeros."""
+    size = len(payload)
+    length = struct.pack("!B", 0x80 | size) if size < 126 else struct.pack("!BH", 0xFE, size)
+    return bytes([first]) + length + bytes(4) + payload
+
+
+def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
+    """The whole frames at the start of what a server sent, (first byte, payload), and their size."""
+    found, start = [], 0
+    while len(data) - start >= 2:
+        size, head = data[start + 1], 2
+        if size == 126:
+            head, size = 4, int.from_bytes(data[start + 2 : start + 4], "big")
+        if size > 126 and head == 2:
+            raise ValueError(f"no frame that this server sends: {data[start : start + 20]!r}")
+        if len(data) < start + head + size:
+            break
+        found.append((data[start], data[start + head : start + head + size]))
+        start += head + size
+    return found, start
+
+
+def request(path: str = "/ws", **headers: str) -> bytes:
+    fields = {
+        "Host": "127.0.0.1",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    } | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    return "\r\n".join(lines).encode()
+
+
+class Crowd:
+    """All the clients, their selector, and what was seen."""
+
+    def __init__(self, port: int, clients: int, seconds: float):
+        self.port = port
+        self.seconds = seconds
+        self.selector = selectors.DefaultSelector()
+        self.random = random.Random(6)
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = itertools.count()
+        self.seen: Counter[str] = Counter()
+        self.wrong: Counter[str] = Counter()
+        self.delays: Counter[int] = Counter()  # milliseconds from CoinAPI's answer to a steady client
+        self.newest = 0  # the counter of the latest poll that any client has seen
+        self.parsed: dict[tuple[tuple[str, ...], bytes], tuple[tuple[int, ...], float]] = {}
+        few = max(1, clients // 10)
+        self.clients: list[Client] = [Steady(self, number) for number in range(clients - 4 * few)]
+        self.clients += [Passing(self, number) for number in range(2 * few)]
+        self.clients += [Stalling(self, number) for number in range(few)]
+        self.clients += [Rude(self, number) for number in range(few)]
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.order), action))
+
+    def run(self) -> None:
+        """Until a line on stdin: the counter that every steady client must have seen by then."""
+        for client in self.clients:
+            client.open()
+        self.selector.register(sys.stdin, selectors.EVENT_READ)
+        while True:
+            delay = self.timers[0][0] - time.monotonic() if self.timers else 1.0
+            for key, _ in self.selector.select(max(delay, 0)):
+                if key.data is None:
+                    line = sys.stdin.readline()
+                    if line:  # else the first process is gone
+                        self.finish(int(line))
+                    return
+                if key.fileobj is key.data.socket:  # not left or opened anew earlier in this turn
+                    key.data.read()
+            while self.timers and self.timers[0][0] <= time.monotonic():
+                heapq.heappop(self.timers)[2]()
+
+    def finish(self, last: int) -> None:
+        for key in list(self.selector.get_map().values()):
+            if key.data and key.fileobj is key.data.socket:
+                key.data.read()
+        for client in self.clients:
+            if isinstance(client, Steady) and client.last != last:
+                self.wrong[f"a steady client saw poll {client.last} last, it was {last}"] += 1
+            client.forget()
+
+    def polls(self, assets: tuple[str, ...], data: bytes) -> tuple[tuple[int, ...], float, int]:
+        """Which whole polls the data is, when the last one was made, and how many bytes that were.
+
+        Ten clients of a poll get the same bytes: they are taken apart once.
+        """
+        known = self.parsed.get((assets, data))
+        if known:
+            return *known, len(data)
+        counters: list[int] = []
+        group: list[bytes] = []
+        made = 0.0
+        position = used = 0
+        found, _ = parse_frames(data)
+        for first, payload in found:
+            position += 2 + len(payload)
+            asset_id, counter, at = parse_price(first, payload)
+            if not group:
+                counters.append(counter)
+            group.append(asset_id.encode())
+            expected = [asset for asset in assets if asset != "DOT" or counter % WITHOUT_DOT]
+            if counter != counters[-1] or asset_id != expected[len(group) - 1]:
+                raise ValueError(f"poll {counters[-1]} is {b' '.join(group).decode()} {counter}")
+            if len(group) == len(expected):
+                made, used, group = at, position, []
+        if group:
+            counters.pop()
+        if used == len(data):
+            if len(self.parsed) > 1000:
+                self.parsed.clear()
+            self.parsed[assets, data] = tuple(counters), made
+        return tuple(counters), made, used
+
+
+def parse_price(first: int, payload: bytes) -> tuple[str, int, float]:
+    """A price message's asset, counter and time."""
+    match = PRICE.fullmatch(payload)
+    if first != 0x81 or not match:
+        raise ValueError(f"no price message: {first:#x} {payload[:80]!r}")
+    return match[1].decode(), int(match[2]), float(match[3])
+
+
+class Client:
+    """One connection after another; this base reads prices and answers pings."""
+
+    buffer_size = 0  # bytes of SO_RCVBUF, 0 for the default
+
+    def __init__(self, crowd: Crowd, number: int):
+        self.crowd = crowd
+        self.number = number
+        self.assets = ASSETS if number % 4 else ("BTC", "ETH")
+        self.socket: socket.socket | None = None
+        self.opened = 0  # how often
+
+    def open(self, head: bytes | None = None) -> None:
+        self.buffer = b""
+        self.open_already = False
+        self.last = 0
+        self.opened += 1
+        assert self.socket is None
+        sock = self.socket = socket.socket()
+        if self.buffer_size:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.buffer_size)
+        sock.settimeout(5.0)
+        try:
+            sock.connect(("127.0.0.1", self.crowd.port))
+            if head is None:
+                head = request("/ws" if self.assets is ASSETS else f"/ws?assets={','.join(self.assets)}")
+            sock.sendall(head)
+        except OSError as error:
+            self.wrong(f"no connection: {error}")
+        sock.setblocking(False)
+        self.crowd.selector.register(sock, selectors.EVENT_READ, self)
+        self.crowd.seen["connections"] += 1
+
+    def wrong(self, what: str) -> None:
+        self.crowd.wrong[f"{type(self).__name__.lower()} client: {what}"] += 1
+
+    def while_open(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do it later, but not to the next connection."""
+        sock = self.socket
+        self.crowd.later(seconds, lambda: action() if sock and self.socket is sock else None)
+
+    def forget(self) -> None:
+        """Close the socket as it is."""
+        if self.socket:
+            if self.socket in self.crowd.selector.get_map():
+                self.crowd.selector.unregister(self.socket)
+            self.socket.close()
+            self.socket = None
+
+    def reset(self) -> None:
+        if self.socket:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.forget()
+
+    def send(self, data: bytes) -> None:
+        try:
+            if self.socket:
+                self.socket.send(data)
+        except OSError:
+            pass  # full or gone: `read` will tell
+
+    def read(self) -> None:
+        assert self.socket
+        try:
+            data = self.socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.lost()
+            self.forget()
+            return
+        try:
+            self.received(data)
+        except ValueError as error:
+            self.wrong(str(error))
+            self.forget()
+
+    def received(self, data: bytes) -> None:
+        self.buffer += data
+        if not self.open_already:
+            head, end, rest = self.buffer.partition(b"\r\n\r\n")
+            if not end:
+                return
+            if not head.startswith(b"HTTP/1.1 101 "):
+                raise ValueError(f"not upgraded: {head[:80]!r}")
+            self.buffer, self.open_already = rest, True
+            self.became_open()
+        if self.buffer:
+            self.parse()
+
+    def became_open(self) -> None:
+        pass
+
+    def lost(self) -> None:
+        self.wrong("the server hung up")
+
+    def parse(self) -> None:
+        """Take whole polls off the buffer; each must be the one behind the last."""
+        if not self.last:
+            self.parse_snapshot()
+        while self.buffer[:2] == b"\x89\x00":
+            self.buffer = self.buffer[2:]
+            self.crowd.seen["pings"] += 1
+            self.send(client_frame(0x8A, b""))
+        if not self.last or not self.buffer:
+            return
+        ping = self.buffer.find(b"\x89\x00")
+        counters, made, used = self.crowd.polls(self.assets, self.buffer if ping < 0 else self.buffer[:ping])
+        self.buffer = self.buffer[used:]
+        for counter in counters:
+            if counter != self.last + 1:
+                self.wrong(f"poll {counter} came behind {self.last}")
+            self.last = counter
+        if counters:
+            self.crowd.newest = max(self.crowd.newest, self.last)
+            self.polled(len(counters), made)
+        if ping >= 0 and used == ping:
+            self.parse()
+
+    def parse_snapshot(self) -> None:
+        found, _ = parse_frames(self.buffer)
+        prices = [parse_price(*frame) for frame in found[: len(self.assets)]]
+        if len(prices) < len(self.assets):
+            return
+        self.last = max(counter for _, counter, _ in prices)
+        right = [(asset, self.last - (asset == "DOT" and self.last % WITHOUT_DOT == 0)) for asset in self.assets]
+        if [(asset_id, counter) for asset_id, counter, _ in prices] != right:
+            raise ValueError(f"snapshot is {prices}")
+        self.buffer = self.buffer[sum(2 + len(payload) for _, payload in found[: len(prices)]) :]
+
+    def polled(self, polls: int, made: float) -> None:
+        self.crowd.seen["polls checked"] += polls
+
+
+class Steady(Client):
+    """Connects once and misses nothing."""
+
+    def polled(self, polls: int, made: float) -> None:
+        super().polled(polls, made)
+        self.crowd.delays[int((time.monotonic() - made) * 1000)] += 1
+
+
+class Passing(Client):
+    """Stays for some seconds and misses nothing meanwhile."""
+
+    leaving = False  # its close frame is sent
+    echoed = False
+
+    def became_open(self) -> None:
+        self.leaving = self.echoed = False
+        self.while_open(self.crowd.random.uniform(0.2, min(10.0, self.crowd.seconds / 4)), self.leave)
+
+    def leave(self) -> None:
+        match self.crowd.random.randrange(3):
+            case 0:
+                self.reset()
+                self.again()
+            case 1:
+                self.forget()
+                self.again()
+            case 2:
+                self.leaving = True
+                self.send(client_frame(0x88, b"\x03\xe8"))
+                self.while_open(4.0, lambda: self.wrong("not hung up on behind a close"))
+
+    def parse(self) -> None:
+        if not self.leaving:
+            super().parse()
+            return
+        found, used = parse_frames(self.buffer)
+        if any(first == 0x88 and payload == b"\x03\xe8" for first, payload in found):
+            self.crowd.seen["closes echoed"] += 1
+            self.echoed = True
+        self.buffer = self.buffer[used:]
+
+    def lost(self) -> None:
+        if not self.echoed:
+            super().lost()
+        self.again()
+
+    def again(self) -> None:
+        self.crowd.later(self.crowd.random.uniform(0.05, 1.0), self.open)
+
+
+class Stalling(Client):
+    """Reads nothing for a while; then it must have current prices, or be dropped if it was long."""
+
+    buffer_size = 4096
+
+    def became_open(self) -> None:
+        self.assets = ASSETS
+        self.prices: dict[str, int] = {}
+        self.stall_later()
+
+    def open(self, head: bytes | None = None) -> None:
+        self.pause = 0.0
+        super().open(request())
+
+    def stall_later(self) -> None:
+        self.while_open(self.crowd.random.uniform(0.5, 2.0), self.stall)
+
+    def stall(self) -> None:
+        assert self.socket
+        self.crowd.selector.unregister(self.socket)
+        self.pause = self.crowd.random.choice((2.0, 8.0, 20.0, 70.0) if self.crowd.seconds >= 120 else (1.0, 2.0))
+        self.crowd.seen["stalls"] += 1
+        newest = self.crowd.newest
+        self.full = False
+
+        def look() -> None:
+            self.full = self.crowd.newest - newest >= ENOUGH_TO_FILL
+
+        self.while_open(35.0, look)  # it must be behind from here on, or CoinAPI failed too often
+        self.while_open(self.pause, self.resume)
+
+    def resume(self) -> None:
+        assert self.socket
+        self.crowd.selector.register(self.socket, selectors.EVENT_READ, self)
+        newest = self.crowd.newest
+        self.while_open(3.0, lambda: self.check(newest))
+
+    def check(self, newest: int) -> None:
+        if self.pause > 40 and self.full:
+            self.wrong(f"not dropped after {self.pause} s without reading")
+        elif min(self.prices.values()) < newest - 1:
+            self.wrong(f"still behind 3 s after a stall of {self.pause} s: {self.prices}, {newest} was sent before")
+        else:
+            self.crowd.seen["caught up"] += 1
+            self.stall_later()
+
+    def parse(self) -> None:
+        found, used = parse_frames(self.buffer)
+        self.buffer = self.buffer[used:]
+        for first, payload in found:
+            if first == 0x89:
+                self.send(client_frame(0x8A, payload))
+                continue
+            asset_id, counter, _ = parse_price(first, payload)
+            if counter < self.prices.get(asset_id, 0):
+                self.wrong(f"{asset_id} went back from {self.prices[asset_id]} to {counter}")
+            self.prices[asset_id] = counter
+
+    def lost(self) -> None:
+        if self.pause > 40:
+            self.crowd.seen["dropped as behind"] += 1
+        else:
+            super().lost()
+        self.crowd.later(0.5, self.open)
+
+
+# name: (request or None for a proper one, what follows it, status or close code, or None for "we reset")
+RUDE: dict[str, tuple[bytes | None, bytes, int | None]] = {
+    "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"", 400),
+    "headers of 40 KB": (b"GET /ws HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", b"", 431),
+    "POST": (b"POST /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", b"", 405),
+    "old version": (request(Sec_WebSocket_Version="8"), b"", 426),
+    "bad key": (request(Sec_WebSocket_Key="abc"), b"", 400),
+    "unknown asset": (request("/ws?assets=NOSUCH"), b"", 400),
+    "unknown path": (request("/nowhere"), b"", 404),
+    "/prices": (request("/prices"), b"", 200),
+    "/history": (request("/history"), b"", 200),
+    "/metrics": (request("/metrics"), b"", 200),
+    "half a request, reset": (request()[:60], b"", None),
+    "half a request, silence": (request()[:60], b"", 0),
+    "no mask": (None, b"\x81\x01a", 1002),
+    "reserved bit": (None, client_frame(0xC1, b"a"), 1002),
+    "unknown opcode": (None, client_frame(0x83, b"a"), 1002),
+    "ping of 126 bytes": (None, client_frame(0x89, b"a" * 126), 1002),
+    "ping in fragments": (None, client_frame(0x09, b"a"), 1002),
+    "length not minimal": (None, b"\x81\xfe\x00\x01\x00\x00\x00\x00a", 1002),
+    "continuation of nothing": (None, client_frame(0x80, b"a"), 1002),
+    "2 GiB announced": (None, b"\x82\xff\x00\x00\x00\x00\x80\x00\x00\x00", 1009),
+    "not UTF-8": (None, client_frame(0x81, b"\xff\xfe"), 1007),
+    "close code 1005": (None, client_frame(0x88, b"\x03\xed"), 1002),
+    "a good close": (None, client_frame(0x88, b"\x0f\xa0bye"), 4000),
+    "60 KB of text, close": (None, client_frame(0x81, b"a" * 60_000) + client_frame(0x88, b"\x03\xe8"), 1000),
+    "500 pings, reset": (None, client_frame(0x89, b"ping") * 500, None),
+    "half a frame, reset": (None, client_frame(0x81, b"a" * 100)[:50], None),
+    "random bytes, reset": (None, random.Random(7).randbytes(500), None),
+}
+
+
+class Rude(Client):
+    """Does one thing after another that no good client does, and wants the right answer to each."""
+
+    def open(self, head: bytes | None = None) -> None:
+        self.name, (head, self.then, self.right) = list(RUDE.items())[(self.opened + self.number) % len(RUDE)]
+        self.all = b""
+        super().open(request() if head is None else head)
+        if self.right is None:
+            self.while_open(0.5, self.done)
+        else:  # silence is cut off after 10 s
+            self.while_open(4.0 if self.right else 14.0, self.late)
+
+    def became_open(self) -> None:
+        assert self.socket
+        self.socket.settimeout(5.0)
+        try:
+            self.socket.sendall(self.then)
+        except OSError:
+            pass  # `read` will tell
+        self.socket.setblocking(False)
+
+    def done(self) -> None:
+        self.crowd.seen["rude acts"] += 1
+        self.reset()
+        self.crowd.later(self.crowd.random.uniform(0.1, 1.0), self.open)
+
+    def late(self) -> None:
+        self.wrong(f"not hung up on in time: {self.name}")
+        self.done()
+
+    def received(self, data: bytes) -> None:
+        self.all += data
+        if self.then and not self.open_already and b"\r\n\r\n" in self.all:
+            self.open_already = True
+            self.became_open()
+
+    def lost(self) -> None:
+        head, _, rest = self.all.partition(b"\r\n\r\n")
+        status = head[9:12].decode() if head.startswith(b"HTTP/1.1 ") else "0"
+        if status == "101":
+            found, used = parse_frames(rest)
+            first, payload = found[-1] if found and used == len(rest) else (0, b"")
+            status = str(int.from_bytes(payload[:2], "big")) if first == 0x88 else "no close frame"
+        if self.right is not None and status != str(self.right):
+            self.wrong(f"{self.name} was answered {status}, not {self.right}: {head[:80]!r}")
+        self.done()
+
+
+def run_crowd(port: int, clients: int, seconds: float) -> None:
+    """Until a line on stdin; the result is JSON on stdout."""
+    crowd = Crowd(port, clients, seconds)
+    crowd.run()
+    result = {"seen": crowd.seen, "wrong": crowd.wrong, "delays": crowd.delays}
+    print(json.dumps(result), flush=True)
+
+
+def raise_file_limit() -> int:
+    """As far as allowed; how many files may be open then."""
+    try:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, ValueError, OSError):
+        return 0  # not known: the clients say so when it is too low
+    return hard
+
+
+if __name__ == "__main__":
+    raise_file_limit()
+    run_crowd(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
