@@ -10,12 +10,14 @@ import logging
 import selectors
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from .figures import Figures
 from .frames import MessageReader, Opcode, ProtocolError, answer_to_close, encode_close, encode_frame, encode_message
 from .web import MAX_REQUEST, Answer, Question, Refusal, Upgrade, find_end, refuse, respond
+
+if TYPE_CHECKING:
+    from .server import PriceServer  # whom a connection belongs to: known by name only
 
 RECEIVE_SIZE = 4 << 10  # bytes per connection and turn: small, so that a flood from one leaves turns to the others
 SEND_SIZE = 32 << 10  # bytes that small pieces are joined to for one send, about what a send buffer takes
@@ -26,58 +28,6 @@ VISITOR, WAITING, CLIENT, CLOSING, LINGERING, ENDED = "visitor", "waiting", "cli
 logger = logging.getLogger(__name__)
 
 
-class Owner(Figures):
-    """What a connection needs of the server that owns it: its limits, which a test may set, and what it asks for."""
-
-    request_timeout = 10.0  # seconds for the whole request, dribbled or not
-    history_timeout = 10.0  # seconds until a question must have its answer
-    take_timeout = 30.0  # seconds for the visitor to take an HTTP answer,
-    take_rate = 8 << 10  # and a second more for each so many bytes of it
-    linger_timeout = 2.0  # seconds from an HTTP answer until the visitor hangs up
-    close_timeout = 5.0  # seconds from our close frame until the client hangs up
-    behind_timeout = 30.0  # seconds with a full socket
-    message_timeout = 30.0  # seconds for a message that is begun
-    max_queue = 1 << 20  # bytes of send_message waiting for one client
-
-    held = 0  # bytes that all connections together hold
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        """Run it in the server thread, and wait until it has run."""
-        raise NotImplementedError
-
-    def ranges(self) -> Sequence[Any]:
-        """What history keeps, as /healthz tells it."""
-        raise NotImplementedError
-
-    def admit(self, connection: "Connection", upgrade: Upgrade) -> None:
-        """A visitor asks to be a client."""
-        raise NotImplementedError
-
-    def ask_history(self, connection: "Connection", question: Question) -> None:
-        """A visitor asks for the past."""
-        raise NotImplementedError
-
-    def hear(self, connection: "Connection", message: str | bytes) -> None:
-        """A client said something: have the callback called, then the connection's `receive`."""
-        raise NotImplementedError
-
-    def watch(self, connection: "Connection", events: int) -> None:
-        """Wait for other events of this connection."""
-        raise NotImplementedError
-
-    def leave(self, connection: "Connection") -> None:
-        """It is at its end: close it and forget it."""
-        raise NotImplementedError
-
-    def hold(self, piece: bytes) -> None:
-        """A connection keeps this piece; one that several keep counts once in `held`."""
-        raise NotImplementedError
-
-    def release(self, piece: bytes) -> None:
-        """It does so no longer."""
-        raise NotImplementedError
-
-
 class Connection:
     """Of a client it is the 'handler' in the dict that callbacks get."""
 
@@ -86,7 +36,7 @@ class Connection:
                  "owed", "reader", "server", "socket", "state", "torn", "unanswered", "watched")
     # fmt: on
 
-    def __init__(self, server: Owner, sock: socket.socket, address: Any):
+    def __init__(self, server: "PriceServer", sock: socket.socket, address: Any):
         self.server = server
         self.socket = sock
         self.address = address
@@ -127,10 +77,10 @@ class Connection:
         """Send whole frames now, or as soon as the socket takes them."""
         if self.state is CLIENT:
             self.keep(frames)
-            self.server.counts["messages_sent_total"] += messages
+            self.server.messages_sent += messages
             self.flush()
             if self.held - self.inbound > self.server.max_queue:
-                self.drop("queue_full")
+                self.server.drop(self, "queue_full")
 
     def close(self, frame: bytes) -> None:
         """Send a close frame as the last."""
@@ -140,7 +90,7 @@ class Connection:
     def answer(self, answer: Answer) -> None:
         """Send an HTTP answer as the last."""
         if answer.refused:
-            self.server.count_refused(answer.refused)
+            self.server.refused[f'{{reason="{answer.refused}"}}'] += 1
         size = sum(map(len, answer.pieces))
         self.end(answer.pieces, self.server.take_timeout + size / self.server.take_rate)
 
@@ -153,13 +103,6 @@ class Connection:
             self.keep(piece)
         self.deadline = self.server.clock() + seconds
         self.flush()
-
-    def drop(self, reason: str) -> None:
-        """Hang up on a client at once, without a close frame."""
-        if self.state is not ENDED:
-            self.server.count_dropped(reason)
-            logger.debug("client dropped: %s", reason)
-            self.server.leave(self)
 
     def deliver(self, assets: tuple[str, ...], sent: int = 0) -> int:
         """A poll's frames of `assets`, of which the socket took `sent` bytes: keep and owe the rest.
@@ -183,7 +126,7 @@ class Connection:
                 self.kept = deque()
             self.kept.append(piece)  # type: ignore[union-attr]
             self.held += len(piece)
-            self.server.hold(piece)
+            self.server.hold(piece, 1)
 
     def flush(self) -> None:
         """Send what is kept, then the current price of each asset owed, as far as the socket takes it."""
@@ -201,7 +144,7 @@ class Connection:
             assets, later = self.owed[:OWED_AT_ONCE], self.owed[OWED_AT_ONCE:]
             frames = self.server.frames
             sent = self._send(b"".join([frames[asset] for asset in assets]))
-            self.server.counts["messages_sent_total"] += self._owe_rest(assets, sent)
+            self.server.messages_sent += self._owe_rest(assets, sent)
             self.owed += later
             if not sent:
                 break
@@ -230,7 +173,7 @@ class Connection:
             piece = self.kept.popleft()
             self.torn -= len(piece)
             self.held -= len(piece)
-            self.server.release(piece)
+            self.server.hold(piece, -1)
         if not self.kept:
             self.kept = ()
 
@@ -291,7 +234,7 @@ class Connection:
         elif end >= 0:
             head, behind = bytes(self.inbox[:end]), bytes(self.inbox[end:])
             self._forget_inbound()
-            self._act(respond(head, self.server, self.server.ranges()), behind)
+            self._act(respond(head, self.server, self.server.history.ranges), behind)
 
     def _act(self, response: Answer | Upgrade | Question, behind: bytes) -> None:
         if isinstance(response, Answer):
@@ -312,7 +255,7 @@ class Connection:
         known = tuple(asset for asset in self.assets if asset in self.server.frames)
         sent = self._send(upgrade.head + self.server.snapshot(self.assets))
         if sent >= len(upgrade.head):
-            self.server.counts["messages_sent_total"] += self._owe_rest(known, sent - len(upgrade.head))
+            self.server.messages_sent += self._owe_rest(known, sent - len(upgrade.head))
         else:
             self.keep(upgrade.head)
             self.torn, self.owed = sent, known
@@ -378,6 +321,6 @@ class Connection:
         self.state = ENDED
         self._forget_inbound()
         for piece in self.kept:
-            self.server.release(piece)
+            self.server.hold(piece, -1)
         self.kept, self.owed, self.held = (), (), 0
         self.socket.close()

@@ -7,34 +7,11 @@ No socket, no thread: the server thread owns all of it. What the poller alone se
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
 from .frames import Opcode, encode_frame
-
-METRICS = (  # name without "price_tracker_", type, help
-    ("clients", "gauge", "Open WebSocket clients."),
-    ("max_clients", "gauge", "Clients allowed; the next one is refused."),
-    ("clients_refused_total", "counter", "Requests for the feed that got no client, by reason."),
-    ("clients_dropped_total", "counter", "Clients that the server hung up on, by reason."),
-    ("messages_sent_total", "counter", "Messages handed to the network."),
-    ("polls_total", "counter", "Polls of the price source, by result."),
-    ("poll_duration_seconds", "gauge", "How long the last poll took."),
-    ("last_success_timestamp_seconds", "gauge", "When a poll last succeeded; 0 for never."),
-    ("interval_seconds", "gauge", "From one poll to the next."),
-    ("stale_after_seconds", "gauge", "Age from which on prices count as stale."),
-    ("start_timestamp_seconds", "gauge", "When the server was made."),
-    ("paused", "gauge", "1 while polls are left out because nobody listens."),
-    ("price", "gauge", "Last price of one asset, in the quote currency."),
-    ("price_timestamp_seconds", "gauge", "The source's own time of that price."),
-    ("assets_without_price", "gauge", "Tracked assets that never had a price."),
-    ("credits_used", "gauge", "Credits used, as CoinAPI last said."),
-    ("credits_left", "gauge", "Credits left, as CoinAPI last said; below 0 when more are billed."),
-)
-REFUSED = ("asset", "denied", "full", "handshake", "origin")
-DROPPED = ("behind", "disconnected", "failed", "memory", "no_close", "no_pong", "queue_full", "unfinished")
 
 
 class Update(Protocol):
@@ -93,11 +70,11 @@ class Figures:
         self.credits_left: int | None = None
         self.client_count = 0
         self.client_came = threading.Event()  # set with each new client, for a poller that pauses
-        self.counts = Counter(
-            {"messages_sent_total": 0}
-            | {f'polls_total{{result="{result}"}}': 0 for result in ("success", "failure")}
-            | {f'clients_refused_total{{reason="{reason}"}}': 0 for reason in REFUSED}
-            | {f'clients_dropped_total{{reason="{reason}"}}': 0 for reason in DROPPED}
+        self.messages_sent = 0
+        self.polls = _counter("result", "success", "failure")
+        self.refused = _counter("reason", "asset", "denied", "full", "handshake", "origin")
+        self.dropped = _counter(
+            "reason", "behind", "disconnected", "memory", "no_close", "no_pong", "queue_full", "unfinished"
         )
 
     # What changes them
@@ -109,18 +86,7 @@ class Figures:
         self.frames = {asset: known_frames[asset] for asset in self.updates}
         self._snapshots = {}
         self.last_success, self.last_success_time, self.last_error = self.clock(), self.wall_clock(), None
-        self.counts['polls_total{result="success"}'] += 1
-
-    def report_failure(self, reason: str) -> None:
-        """Note a poll that brought no prices; `reason` is shown at /healthz until one succeeds."""
-        self.last_error = reason
-        self.counts['polls_total{result="failure"}'] += 1
-
-    def count_refused(self, reason: str) -> None:
-        self.counts[f'clients_refused_total{{reason="{reason}"}}'] += 1
-
-    def count_dropped(self, reason: str) -> None:
-        self.counts[f'clients_dropped_total{{reason="{reason}"}}'] += 1
+        self.polls['{result="success"}'] += 1
 
     # What they tell
 
@@ -188,33 +154,37 @@ class Figures:
 
     def metrics(self) -> str:
         """The counters and gauges in Prometheus' text format; what is not known is left out."""
-        samples: dict[str, float | None] = {
-            **self.counts,
-            "clients": self.client_count,
-            "max_clients": self.max_clients,
-            "poll_duration_seconds": self.poll_seconds,
-            "last_success_timestamp_seconds": self.last_success_time,
-            "interval_seconds": self.interval,
-            "stale_after_seconds": self.stale_after,
-            "start_timestamp_seconds": self.started_at,
-            "paused": int(self.paused),
-            "assets_without_price": len(self.without_price()),
-            "credits_used": self.credits_used,
-            "credits_left": self.credits_left,
-        }
-        for asset, update in self.updates.items():
-            labels = f'{{asset_id="{asset}",quote="{self.quote}"}}'
-            samples[f"price{labels}"] = update.price
-            samples[f"price_timestamp_seconds{labels}"] = _epoch(update.time)
-        families: dict[str, list[str]] = {name: [] for name, _, _ in METRICS}
-        for key, value in samples.items():
-            if value is not None:
-                families[key.partition("{")[0]].append(f"price_tracker_{key} {value}\n")
-        return "".join(
-            f"# HELP price_tracker_{name} {text}\n# TYPE price_tracker_{name} {kind}\n" + "".join(families[name])
-            for name, kind, text in METRICS
-            if families[name]
+        prices = {self._labels(asset): update.price for asset, update in self.updates.items()}
+        times = {self._labels(asset): _epoch(update.time) for asset, update in self.updates.items()}
+        families: tuple[tuple[str, str, str, Any], ...] = (
+            ("clients", "gauge", "Open WebSocket clients.", self.client_count),
+            ("max_clients", "gauge", "Clients allowed; the next one is refused.", self.max_clients),
+            ("clients_refused_total", "counter", "Requests for the feed that got no client.", self.refused),
+            ("clients_dropped_total", "counter", "Clients that the server hung up on.", self.dropped),
+            ("messages_sent_total", "counter", "Messages handed to the network.", self.messages_sent),
+            ("polls_total", "counter", "Polls of the price source.", self.polls),
+            ("poll_duration_seconds", "gauge", "How long the last poll took.", self.poll_seconds),
+            ("last_success_timestamp_seconds", "gauge", "Last successful poll; 0 for none.", self.last_success_time),
+            ("interval_seconds", "gauge", "From one poll to the next.", self.interval),
+            ("stale_after_seconds", "gauge", "Age from which on prices count as stale.", self.stale_after),
+            ("start_timestamp_seconds", "gauge", "When the server was made.", self.started_at),
+            ("paused", "gauge", "1 while polls are left out because nobody listens.", int(self.paused)),
+            ("price", "gauge", "Last price of one asset, in the quote currency.", prices),
+            ("price_timestamp_seconds", "gauge", "The source's own time of that price.", times),
+            ("assets_without_price", "gauge", "Tracked assets that never had a price.", len(self.without_price())),
+            ("credits_used", "gauge", "Credits used, as CoinAPI last said.", self.credits_used),
+            ("credits_left", "gauge", "Credits left, as CoinAPI last said; billed below 0.", self.credits_left),
         )
+        lines = []
+        for name, kind, text, value in families:
+            samples = value if isinstance(value, dict) else {"": value}
+            known = [f"price_tracker_{name}{key} {each}" for key, each in samples.items() if each is not None]
+            if known:
+                lines += [f"# HELP price_tracker_{name} {text}", f"# TYPE price_tracker_{name} {kind}", *known]
+        return "\n".join(lines) + "\n"
+
+    def _labels(self, asset: str) -> str:
+        return f'{{asset_id="{asset}",quote="{self.quote}"}}'
 
     def health_json(self, ranges: Sequence[Any]) -> bytes:
         return json.dumps(self.health(ranges)).encode()
@@ -227,3 +197,8 @@ def _epoch(time_text: str) -> float | None:
         return moment.timestamp() if moment.tzinfo else None
     except (ValueError, OverflowError):
         return None
+
+
+def _counter(label: str, *values: str) -> dict[str, int]:
+    """Counts by the value of a label, as /metrics shows it."""
+    return {f'{{{label}="{value}"}}': 0 for value in values}

@@ -1,80 +1,57 @@
-"""PriceServer, a WebsocketServer: the server thread's loop, publish, clients, start and stop.
+"""PriceServer, a WebsocketServer: publish, clients and visitors, start and stop.
 
-Only the server thread touches a connection, the latest prices and the counters. What other threads
-want of them they hand over as a function, in a queue: that removes the need for locks. The loop
-looks at the queue between any two connections that it serves, so they wait for one short step.
+The loop is in loop.py. All that is here and does not say otherwise runs in the loop's thread.
 """
 
 import errno
 import json
 import logging
 import selectors
-import signal
 import socket
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from websocket_server import WebsocketServer
 
-from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection, Owner
-from .figures import Update
+from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection
+from .figures import Figures, Update
 from .frames import Opcode, encode_close, encode_frame, encode_message
 from .history import History
+from .loop import AT_ONCE, Loop
 from .web import Question, Upgrade, answer_history
 
 SEND_BUFFER = 32 << 10  # bytes; the default lets a client that stopped reading absorb hours of old prices
 RECEIVE_BUFFER = 16 << 10  # bytes
+ACCEPT_AT_ONCE = 32  # connections
 OWN_FILES = 20  # descriptors that are no connection: logs, listener, selector, history, CoinAPI
 SELECT_ROOM = 512  # sockets that Windows' select takes
 SHARED_SIZE = 4 << 10  # bytes from which on a piece that several connections keep is counted once
-AT_ONCE = 256  # events, or pings, before the loop looks around; 64 arriving connections
-BATCH_SECONDS = 0.05  # or so long
-WARNING_PAUSE = 60.0  # seconds without a kind of trouble until it is logged again
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PING = encode_frame(Opcode.PING, b"")
 
 logger = logging.getLogger(__name__)
 
 
 def socket_room() -> float:
     """How many sockets and files this process may have open."""
-    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
-        return SELECT_ROOM
     try:
         import resource
     except ImportError:  # Windows
+        return SELECT_ROOM
+    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
         return SELECT_ROOM
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
-class _Call:
-    """A function that another thread has handed over, and what became of it."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self.function = function
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self.result = self.function()
-        except BaseException as error:
-            self.error = error
-        self.done.set()
-
-
-class PriceServer(Owner, WebsocketServer):
+class PriceServer(Loop, Figures, WebsocketServer):
     """A WebsocketServer that sends prices; `run_forever(threaded=True)` starts it.
 
-    assets: ids in the order in which every client gets them.
-    quote, source, interval (seconds), pause_when_idle: told at /healthz; prices are stale after 3 intervals.
-    max_clients: the next one gets 503. allow_origins: web origins that may read; empty for all.
-    history_file: where the past is kept; None for memory. clock, wall_clock: steady and epoch seconds.
+    assets: ids in the order in which every client gets them. figures: see `Figures`.
+    history_file: where the past is kept; None for memory.
 
     Callbacks run in the server thread, one after the other: one that blocks keeps everybody waiting.
     A message is str or bytes, as it came; `send_message` sends text for str and binary for bytes.
@@ -82,11 +59,17 @@ class PriceServer(Owner, WebsocketServer):
     """
 
     request_queue_size = 1024
+    request_timeout = 10.0  # seconds for a whole request, dribbled or not
+    history_timeout = 10.0  # seconds until a question to history must have its answer
+    take_timeout = 30.0  # seconds for the visitor to take an HTTP answer,
+    take_rate = 8 << 10  # and one more for each so many bytes of it
+    linger_timeout = 2.0  # seconds from an HTTP answer until the visitor hangs up
+    close_timeout = 5.0  # seconds from our close frame until the client hangs up
+    behind_timeout = 30.0  # seconds with a full socket
+    message_timeout = 30.0  # seconds for a message that is begun
     ping_interval = 20.0  # seconds; under the 60 s after which proxies drop a silent connection
     max_unanswered = 3  # pings, so 60 s; counted, not timed: a machine that slept finds its clients again
-    housekeeping_interval = 0.5  # seconds: how late a deadline may be noticed
-    call_timeout = 10.0  # seconds that another thread waits for its call
-    stop_timeout = 1.0  # seconds that a stop waits for the clients' closes
+    max_queue = 1 << 20  # bytes of send_message waiting for one client
     max_held = 64 << 20  # bytes that all connections together may have waiting
 
     def __init__(
@@ -98,61 +81,57 @@ class PriceServer(Owner, WebsocketServer):
         history_file: str | None = None,
         **figures: Any,
     ):
-        super().__init__(assets, **figures)
-        self.state = "before"  # running, ended: who owns the connections; set by the loop itself
-        self._owner = 0  # the server thread's ident
+        Figures.__init__(self, assets, **figures)
+        Loop.__init__(self, self.clock)
+        self.held = 0  # bytes that all connections together have waiting
         self._clients: dict[Connection, dict[str, Any]] = {}
         self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
         self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
-        self._publishes: deque[_Call] = deque()  # go before the other calls
-        self._calls: deque[_Call] = deque()
-        self._callbacks: deque[Callable[[], Any]] = deque()
-        self._publishing = self._calling = False
-        self._deny_frame = b""  # what deny_new_connections has new clients told
-        self._stop_frame: bytes | None = None
-        self._stop_asked = self._stop_begun = False
-        self._stop_deadline = 0.0  # real monotonic seconds: whatever clock was given, a stop ends
+        self._room = socket_room() - OWN_FILES
         self._listening = False
-        self._next_check = 0.0
         self._next_ping = self.clock() + self.ping_interval
-        self._to_ping: deque[Connection] = deque()
         self._stale = False
-        self._warned: dict[str, float] = {}  # when each kind of trouble was last met
-        self._started, self._ended = threading.Event(), threading.Event()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
-        self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
+        self._deny_frame = b""  # what deny_new_connections has new clients told
+        self._stop_frame: bytes | None = encode_close(1001, "server is stopping")  # None to hang up without
         if ":" in host:
             self.address_family = socket.AF_INET6
+        self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
         try:
             self.history.start()
             WebsocketServer.__init__(self, host, port)
         except BaseException:
-            self._close_all()
+            self.history.stop()
+            self.close_wakers()
             raise
 
     # Prices
 
     def publish(self, updates: Iterable[Update]) -> None:
-        """Send the result of a successful poll to every client, and return then; no client can block it.
+        """Send the result of a successful poll to every client, and return then; no client can block it. Any thread.
 
         Raises ValueError, and sends nothing, for an asset that is not tracked; TimeoutError when a callback blocks.
         """
         new, frames = self.encode(updates)
-        self.call(lambda: self._publish(new, frames), self._publishes)
+        prices = {asset: json.dumps(update.price) for asset, update in new.items()}
+        self.call(lambda: self._publish(new, frames, prices), urgent=True)
 
     def report_failure(self, reason: str) -> None:
-        self._hand_over(lambda: super(PriceServer, self).report_failure(reason))
+        """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
         self.last_error = reason
+        self.hand_over(self._count_failure)
 
-    def _publish(self, new: dict[str, Update], frames: dict[str, bytes]) -> None:
-        self._publishing = True
+    def _count_failure(self) -> None:
+        self.polls['{result="failure"}'] += 1
+
+    def _publish(self, new: dict[str, Update], frames: dict[str, bytes], prices: dict[str, str]) -> None:
+        self._in_urgent = True
         try:
             self.remember(new, frames)
-            self.counts["messages_sent_total"] += self._send_to_all(frames)
-            self.history.add({asset: json.dumps(update.price) for asset, update in new.items()}, self.last_success_time)
+            self.messages_sent += self._send_to_all(frames)
+            self.history.add(prices, self.last_success_time)
         finally:
-            self._publishing = False
+            self._in_urgent = False
 
     def _send_to_all(self, frames: dict[str, bytes]) -> int:
         """How many messages went out. One send for each client: what is added to that counts 8,000 times."""
@@ -160,7 +139,7 @@ class PriceServer(Owner, WebsocketServer):
         messages = 0
         for connection in list(self._clients):
             if self._calls:
-                self._look()
+                self.look()
             part = parts.get(connection.assets)
             if part is None:
                 assets = tuple(asset for asset in connection.assets if asset in frames)
@@ -181,145 +160,59 @@ class PriceServer(Owner, WebsocketServer):
                 self._fail(connection, error)
         return messages
 
-    # What other threads hand over
+    # Connections come and go
 
-    def call(self, function: Callable[[], Any], queue: deque[_Call] | None = None) -> Any:
-        """Run it in the server thread; what it returns or raises. TimeoutError when it could not begin within 10 s."""
-        if self.state != "running" or threading.get_ident() == self._owner:
-            return function()
-        call = _Call(function)
-        queue = self._calls if queue is None else queue
-        queue.append(call)
-        self._wake()
-        if self.state != "running":
-            self._release_calls()  # the loop ended meanwhile, and may not have seen this one
-        if not call.done.wait(self.call_timeout):
-            try:
-                queue.remove(call)
-            except ValueError:
-                call.done.wait(self.call_timeout)  # it has begun
-            else:
-                raise TimeoutError(f"the server thread is busy for {self.call_timeout:g} s: does a callback block it?")
-        if call.error is not None:
-            raise call.error
-        return call.result
-
-    def _hand_over(self, function: Callable[[], Any]) -> None:
-        """Have it run in the server thread, and do not wait for it."""
-        if self.state == "running":
-            self._calls.append(_Call(function))
-            self._wake()
-        else:
-            function()
-
-    def _wake(self) -> None:
-        try:
-            self._wake_sender.send(b"\0")
-        except OSError:
-            pass  # full, so the loop wakes anyway; or closed, so it has ended
-
-    def _look(self) -> None:
-        """Run as many calls as are queued now. One within a publish or another call waits for its like."""
-        if self._publishes and not self._publishing:
-            for _ in range(len(self._publishes)):
-                self._take_call(self._publishes)
-        if self._calls and not self._calling:
-            self._calling = True
-            for _ in range(len(self._calls)):
-                self._take_call(self._calls)
-            self._calling = False
-
-    def _take_call(self, queue: deque[_Call]) -> None:
-        try:
-            queue.popleft().run()
-        except IndexError:
-            pass  # its caller gave it up
-
-    def _release_calls(self) -> None:
-        while self._publishes or self._calls:
-            self._take_call(self._publishes)
-            self._take_call(self._calls)
-
-    # The loop
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """The loop itself, until a shutdown: wait, serve, look around. `poll_interval` is the base class's."""
-        if self.state != "before":
-            raise RuntimeError("this server ran already: make another")
-        self._owner, self._selector = threading.get_ident(), selectors.DefaultSelector()
-        self._room = socket_room() - OWN_FILES
-        before = self._catch_interrupt()
+    def server_activate(self) -> None:
+        # Set here, as accepted sockets inherit them.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.socket.setblocking(False)
-        self._wake_receiver.setblocking(False)
-        self._wake_sender.setblocking(False)
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._wake_receiver)
-        self._listen()
-        self.state = "running"
-        self._started.set()
-        try:
-            while not self._is_done():
-                waiting = not (self._callbacks or self._to_ping or self._calls or self._publishes)
-                timeout = max(self._next_check - self.clock(), 0.0) if waiting else 0.0
-                self._serve(self._selector.select(min(timeout, self.housekeeping_interval)))
-                self._look_around()
-        except Exception:
-            logger.critical("the server thread failed", exc_info=True)
-        finally:
-            self._end()
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
+        super().server_activate()
 
-    def _catch_interrupt(self) -> Any:
-        """In the main thread ^C is a stop: raised, it could end a step half-way, with a frame torn."""
-        if threading.current_thread() is not threading.main_thread():
-            return None
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            return None
+    def begin(self) -> None:
+        self.selector.register(self.socket, selectors.EVENT_READ, self.socket)
+        self._listening = True
 
-        def stop(*_: Any) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends the program at once
-            self._ask_to_stop(encode_close(1001, "server is stopping"))
+    def serve(self, data: Any, events: int) -> None:
+        if data is self.socket:
+            self._accept()
+        elif events & data.watched & selectors.EVENT_READ:  # not one that was ended earlier in this batch
+            self._step(data, data.on_readable)
+        elif events & data.watched:
+            self._step(data, data.flush)
 
-        return signal.signal(signal.SIGINT, stop)
+    def look_around(self) -> None:
+        self._accept()
+        super().look_around()
 
-    def _serve(self, events: list[tuple[selectors.SelectorKey, int]]) -> None:
-        since = time.monotonic()
-        for number, (key, mask) in enumerate(events, 1):
-            connection = key.data
-            if connection is self._wake_receiver:
-                connection.recv(4096)
-            elif connection is self:
-                self._accept()
-            elif mask & connection.watched & selectors.EVENT_READ:  # not one that was ended earlier in this batch
-                self._step(connection, connection.on_readable)
-            elif mask & connection.watched:
-                self._step(connection, connection.flush)
-            if self._calls or self._publishes:
-                self._look()
-            if number % AT_ONCE == 0 or time.monotonic() > since + BATCH_SECONDS:
-                self._accept()
-                self._look_around()
-                since = time.monotonic()
-
-    def _look_around(self) -> None:
-        """What must not wait for the end of a batch: calls, a stop, the clock, callbacks, pings."""
-        self._look()
-        if self._stop_asked and not self._stop_begun:
-            self._begin_stop()
-        now = self.clock()
-        if now >= self._next_check:
-            self._next_check = now + self.housekeeping_interval
+    def _accept(self) -> None:
+        for _ in range(ACCEPT_AT_ONCE if self._listening else 0):
             try:
-                self._keep_house(now)
-            except Exception:
-                self.warn("housekeeping", "housekeeping failed, and goes on", exc_info=True)
-        for _ in range(len(self._callbacks)):
-            self._callbacks.popleft()()
-            self._look()
-        for _ in range(min(len(self._to_ping), AT_ONCE)):
-            connection = self._to_ping.popleft()
-            self._step(connection, partial(self._ping, connection))
-            self._look()
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in NO_DESCRIPTOR:
+                    # It stays in the kernel's queue, and select would return at once: no spinning until housekeeping.
+                    self._stop_listening()
+                    self.warn("exhausted", f"cannot accept clients for now: {error.strerror}")
+                return
+            sock.setblocking(False)
+            if len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
+                for oldest in [*self._visitors, *self._answered][:1]:
+                    self.leave(oldest)
+            connection = Connection(self, sock, address)
+            self._visitors[connection] = None
+            self._step(connection, connection.on_readable)  # the request is mostly here by now
+            if connection.state is VISITOR:
+                self.watch(connection, selectors.EVENT_READ)
+            self.look()
+
+    def _stop_listening(self) -> None:
+        if self._listening:
+            self.selector.unregister(self.socket)
+            self._listening = False
 
     def _step(self, connection: Connection, function: Callable[[], Any]) -> None:
         """One step of one connection: what goes wrong in it ends this one only."""
@@ -339,89 +232,13 @@ class PriceServer(Owner, WebsocketServer):
         if isinstance(error, OSError):
             logger.debug("connection lost: %s", error)
         else:
-            self.warn("failed", f"a connection failed, and is ended: {error!r}", exc_info=error)
+            self.warn("failed", f"a connection failed, and is ended: {error!r}", error)
         self.leave(connection)
 
-    def _keep_house(self, now: float) -> None:
-        """Deadlines, pings, stale prices."""
-        if not self._listening and not self._stop_begun:
-            self._listen()
-        for connection in [*self._visitors, *self._answered, *self._clients]:
-            if self._calls or self._publishes:
-                self._look()
-            if 0 < connection.deadline < now or 0 < connection.message_deadline < now:
-                self._step(connection, partial(self._be_late, connection))
-        if now >= self._next_ping:
-            self._next_ping = now + self.ping_interval
-            self._to_ping.extend(self._clients)
-        stale = self.status() == "stale"
-        if stale and not self._stale:
-            logger.warning("prices are stale: no successful poll for %.0f s", self.age() or 0)
-        self._stale = stale
-        self.service_actions()
-
-    def _be_late(self, connection: Connection) -> None:
-        if connection.state is WAITING:
-            self._answer_question(connection, None)
-        elif connection.state is CLIENT:
-            connection.drop("behind" if connection.deadline else "unfinished")
-        elif connection in self._clients:
-            connection.drop("no_close")
-        else:
-            self.leave(connection)
-
-    def _ping(self, connection: Connection) -> None:
-        if connection.state is CLIENT:
-            if connection.unanswered >= self.max_unanswered:
-                connection.drop("no_pong")
-            else:
-                connection.unanswered += 1
-                connection.send_frames(encode_frame(Opcode.PING, b""))
-
-    # Connections come and go
-
-    def server_activate(self) -> None:
-        # Set here, as accepted sockets inherit them.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        super().server_activate()
-
-    def _listen(self) -> None:
-        self._selector.register(self.socket, selectors.EVENT_READ, self)
-        self._listening = True
-
-    def _accept(self) -> None:
-        for _ in range(AT_ONCE // 8 if self._listening else 0):
-            try:
-                sock, address = self.socket.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in NO_DESCRIPTOR:
-                    # It stays in the kernel's queue, so select would return at once until one is free: no spinning.
-                    self._selector.unregister(self.socket)
-                    self._listening = False
-                    self.warn("exhausted", f"cannot accept clients for now: {error.strerror}")
-                return
-            sock.setblocking(False)
-            if len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
-                for oldest in [*self._visitors, *self._answered][:1]:
-                    self.leave(oldest)
-            connection = Connection(self, sock, address)
-            self._visitors[connection] = None
-            self._step(connection, connection.on_readable)  # the request is mostly here by now
-            if connection.state is VISITOR:
-                self.watch(connection, selectors.EVENT_READ)
-            if self._calls or self._publishes:
-                self._look()
-
-    def ranges(self) -> Sequence[Any]:
-        return self.history.ranges
-
     def admit(self, connection: Connection, upgrade: Upgrade) -> None:
+        """A visitor asks to be a client."""
         if self._deny_frame:
-            self.count_refused("denied")
+            self.refused['{reason="denied"}'] += 1
             connection.end([upgrade.head, self._deny_frame], self.close_timeout)
             return
         del self._visitors[connection]
@@ -437,15 +254,19 @@ class PriceServer(Owner, WebsocketServer):
             self.warn("full", f"full, clients connected: {self.client_count}; the next ones get 503")
 
     def ask_history(self, connection: Connection, question: Question) -> None:
-        self._visitors.pop(connection)
+        """A visitor asks for the past."""
+        del self._visitors[connection]
         self._answered[connection] = question
 
         def answer(pieces: list[bytes] | None) -> None:  # in the history thread
-            self._hand_over(lambda: self._step(connection, partial(self._answer_question, connection, pieces)))
+            self.hand_over(lambda: self._step(connection, partial(self._answer_question, connection, pieces)))
 
-        asked = self.history.ask(question.range_name, question.assets, answer, lambda: connection.state is WAITING)
-        if not asked:
+        wanted = partial(self._is_waiting, connection)
+        if not self.history.ask(question.range_name, question.assets, answer, wanted):
             self._answer_question(connection, None)
+
+    def _is_waiting(self, connection: Connection) -> bool:
+        return connection.state is WAITING
 
     def _answer_question(self, connection: Connection, pieces: list[bytes] | None) -> None:
         question = self._answered.get(connection)
@@ -453,6 +274,7 @@ class PriceServer(Owner, WebsocketServer):
             connection.answer(answer_history(question, self, pieces))
 
     def hear(self, connection: Connection, message: str | bytes) -> None:
+        """A client said something: the callback hears it before the rest is read."""
         self._callbacks.append(partial(self._call_back, "message_received", self._clients[connection], message))
         self._callbacks.append(partial(self._step, connection, connection.receive))
 
@@ -461,24 +283,26 @@ class PriceServer(Owner, WebsocketServer):
         try:
             getattr(self, name)(client, self, *message)
         except BaseException as error:  # sys.exit() too: it would end the thread of all
-            self.warn(name, f"the callback {name} failed", exc_info=error)
+            self.warn(name, f"the callback {name} failed", error)
 
     def watch(self, connection: Connection, events: int) -> None:
+        """Wait for these events of a connection from now on."""
         if connection.watched == events or connection.state is ENDED:
             return
         if not connection.watched:
-            self._selector.register(connection.socket, events, connection)
+            self.selector.register(connection.socket, events, connection)
         elif events:
-            self._selector.modify(connection.socket, events, connection)
+            self.selector.modify(connection.socket, events, connection)
         else:
-            self._selector.unregister(connection.socket)
+            self.selector.unregister(connection.socket)
         connection.watched = events
 
     def leave(self, connection: Connection) -> None:
+        """A connection is at its end: close it and forget it."""
         if connection.state is ENDED:
             return
         if connection.watched:
-            self._selector.unregister(connection.socket)
+            self.selector.unregister(connection.socket)
             connection.watched = 0
         connection.shut()
         self._visitors.pop(connection, None)
@@ -489,40 +313,76 @@ class PriceServer(Owner, WebsocketServer):
             self._callbacks.append(partial(self._call_back, "client_left", client))
             logger.debug("client left, clients connected: %d", self.client_count)
 
-    def hold(self, piece: bytes) -> None:
+    def hold(self, piece: bytes, change: int) -> None:
+        """A connection keeps this piece (change: 1), or no longer (-1); a large one that several keep counts once."""
         if len(piece) >= SHARED_SIZE:
-            self._shared[id(piece)] += 1
-            if self._shared[id(piece)] > 1:
+            self._shared[id(piece)] += change
+            if self._shared[id(piece)] > (change > 0):
                 return
-        self.held += len(piece)
+            if change < 0:
+                del self._shared[id(piece)]
+        self.held += change * len(piece)
 
-    def release(self, piece: bytes) -> None:
-        if len(piece) >= SHARED_SIZE:
-            self._shared[id(piece)] -= 1
-            if self._shared[id(piece)]:
-                return
-            del self._shared[id(piece)]
-        self.held -= len(piece)
+    def _everyone(self) -> list[Connection]:
+        return [*self._visitors, *self._answered, *self._clients]
 
     def _drop_largest(self) -> None:
         self.warn("memory", f"over {self.max_held} bytes wait for connections: the largest ones are dropped")
-        everyone = [*self._visitors, *self._answered, *self._clients]
-        for connection in sorted(everyone, key=lambda each: each.held, reverse=True):
-            if self.held <= self.max_held:
+        for connection in sorted(self._everyone(), key=lambda each: each.held, reverse=True):
+            if self.held > self.max_held:
+                self.drop(connection, "memory")
+
+    def drop(self, connection: Connection, reason: str) -> None:
+        """Hang up without a word; of a client the reason is counted."""
+        if connection in self._clients:
+            self.dropped[f'{{reason="{reason}"}}'] += 1
+            logger.debug("client dropped: %s", reason)
+        self.leave(connection)
+
+    # Housekeeping
+
+    def keep_house(self, now: float) -> None:
+        """Deadlines, pings, stale prices."""
+        if not self._listening and not self._stop_begun:
+            self.begin()
+        for connection in self._everyone():
+            self.look()
+            if 0 < connection.deadline < now or 0 < connection.message_deadline < now:
+                self._step(connection, partial(self._be_late, connection))
+        if now >= self._next_ping:
+            self._next_ping = now + self.ping_interval
+            self._ping_some(iter(list(self._clients)))
+        stale = self.status() == "stale"
+        if stale and not self._stale:
+            logger.warning("prices are stale: no successful poll for %.0f s", self.age() or 0)
+        self._stale = stale
+        self.service_actions()
+
+    def _be_late(self, connection: Connection) -> None:
+        if connection.state is WAITING:
+            self._answer_question(connection, None)
+        elif connection.state is CLIENT:
+            self.drop(connection, "behind" if connection.deadline else "unfinished")
+        else:
+            self.drop(connection, "no_close")
+
+    def _ping_some(self, connections: Iterator[Connection]) -> None:
+        """In slices, or 8,000 pings would be one step."""
+        for number, connection in enumerate(connections, 1):
+            self._step(connection, partial(self._ping, connection))
+            self.look()
+            if number == AT_ONCE:
+                self._callbacks.append(partial(self._ping_some, connections))
                 return
-            if connection in self._clients:
-                connection.drop("memory")
-            else:
-                self.leave(connection)
 
-    def warn(self, kind: str, message: str, exc_info: Any = None) -> None:
-        """Log trouble that clients or callbacks can cause: once, and again only after a minute without it."""
-        now = self.clock()
-        if now - self._warned.get(kind, -WARNING_PAUSE) >= WARNING_PAUSE:
-            logger.log(logging.ERROR if exc_info else logging.WARNING, "%s", message, exc_info=exc_info)
-        self._warned[kind] = now
+    def _ping(self, connection: Connection) -> None:
+        if connection.state is CLIENT and connection.unanswered >= self.max_unanswered:
+            self.drop(connection, "no_pong")
+        else:
+            connection.unanswered += 1
+            connection.send_frames(PING)
 
-    # The library's interface
+    # The library's interface, for any thread
 
     @property
     def clients(self) -> list[dict[str, Any]]:
@@ -545,13 +405,13 @@ class PriceServer(Owner, WebsocketServer):
         self._for_all(lambda connection: connection.close(frame))
 
     def _disconnect_clients_abruptly(self) -> None:
-        self._for_all(lambda connection: connection.drop("disconnected"))
+        self._for_all(lambda connection: self.drop(connection, "disconnected"))
 
     def _for_all(self, act: Callable[[Connection], None]) -> None:
         def run() -> None:
             for connection in list(self._clients):
                 self._step(connection, partial(act, connection))
-                self._look()
+                self.look()
 
         self.call(run)
 
@@ -561,87 +421,60 @@ class PriceServer(Owner, WebsocketServer):
     def _allow_new_connections(self) -> None:
         self._deny_frame = b""
 
-    # Start and stop
-
     def _run_forever(self, threaded: bool) -> None:
+        self.thread = threading.current_thread()
         if threaded:
             self.thread = threading.Thread(target=self.serve_forever, name="server", daemon=True)
             self.thread.start()
             self._started.wait()
         else:
-            self.thread = threading.current_thread()
             self.serve_forever()
 
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """The loop, until a shutdown. `poll_interval` is the base class's, and not used."""
+        self.run_loop()
+
     def _shutdown_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        self._ask_to_stop(encode_close(status, reason))
-        self._wait_for_end()
+        self._shut_down(encode_close(status, reason))
 
     def _shutdown_abruptly(self) -> None:
-        self._ask_to_stop(None)
-        self._wait_for_end()
+        self._shut_down(None)
 
     def shutdown(self) -> None:
-        self._shutdown_gracefully(1001, b"server is stopping")
+        self._shut_down(self._stop_frame)
 
     def server_close(self) -> None:
-        """The end of a server that never ran; a running one is shut down."""
-        if self.state == "running":
-            self.shutdown()
-        elif self.state == "before":
-            self.state = "ended"
-            self._close_all()
+        self._shut_down(self._stop_frame)
 
-    def _ask_to_stop(self, frame: bytes | None) -> None:
-        """frame: the close that clients get; None to hang up on them."""
-        self._stop_frame, self._stop_asked = frame, True
-        self._wake()
-
-    def _wait_for_end(self) -> None:
+    def _shut_down(self, frame: bytes | None) -> None:
         if self.state == "before":
-            self.server_close()
-        elif threading.get_ident() != self._owner:
-            self._ended.wait(2 * self.stop_timeout)
+            self.state = "ended"
+            self.end()
+        else:
+            self._stop_frame = frame
+            self.ask_to_stop()
 
-    def _begin_stop(self) -> None:
-        """Take no more connections; say goodbye to the clients, and nothing to half requests."""
-        self._stop_begun = True
-        self._stop_deadline = time.monotonic() + self.stop_timeout
-        if self._listening:
-            self._selector.unregister(self.socket)
-            self._listening = False
+    # The stop
+
+    def begin_stop(self) -> None:
+        """Take no more connections; say goodbye to the clients, and nothing to who has no answer on its way."""
+        self._stop_listening()
         self.socket.close()
-        for connection in [*self._visitors, *self._clients]:
-            if connection in self._visitors or self._stop_frame is None:
+        for connection in self._everyone():
+            if self._stop_frame is None or connection.state in (VISITOR, WAITING):
                 self.leave(connection)
             else:
                 self._step(connection, partial(connection.close, self._stop_frame))
-        for connection in list(self._answered):
-            if connection.state is WAITING:
-                self.leave(connection)
 
-    def _is_done(self) -> bool:
-        if not self._stop_begun:
-            return False
-        return not (self._clients or self._answered) or time.monotonic() >= self._stop_deadline
+    def is_done(self) -> bool:
+        return not self._clients and not self._answered
 
-    def _end(self) -> None:
-        for connection in [*self._visitors, *self._answered, *self._clients]:
+    def end(self) -> None:
+        for connection in self._everyone():
             self.leave(connection)
-        while self._callbacks:
-            self._callbacks.popleft()()
-        self.state = "ended"
-        self._release_calls()
-        self._close_all()
-        self._selector.close()
-        self._started.set()
-        self._ended.set()
-
-    def _close_all(self) -> None:
         self.history.stop()
-        if hasattr(self, "socket"):
-            self.socket.close()
-        self._wake_receiver.close()
-        self._wake_sender.close()
+        self.socket.close()
+        self.close_wakers()
 
 
 def _address(connection: Connection, upgrade: Upgrade) -> str:
