@@ -28,6 +28,7 @@ CONNECT_TIMEOUT = 3.0  # seconds
 ANSWER_TIMEOUT = 10.0  # seconds for status line, headers and body together
 MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
 MAX_RETRY_AFTER = 900.0  # seconds
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for each price
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class PriceUpdate:
     def to_json(self) -> str:
         """The message that clients get: compact JSON on one line. ValueError for a price that is not finite."""
         fields = {"asset_id": self.asset_id, "price": self.price, "time": self.time}
-        return json.dumps(fields, separators=(",", ":"), allow_nan=False)
+        return ENCODER.encode(fields)
 
 
 class CoinApiError(Exception):

@@ -1,6 +1,8 @@
 """All that clients see: the WebSocket feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
 
-    server.py      PriceServer: the server thread's loop, publish, clients, start and stop
+    server.py      PriceServer: publish, clients and visitors, start and stop
+    loop.py        the thread that owns all of it, and the functions that others hand to it
+    interface.py   what websocket-server documents, over that loop
     connection.py  one accepted socket: what came and is not whole yet, what must go out and did not fit
     frames.py      RFC 6455: bytes to frames and messages, and back
     web.py         the head of an HTTP request to what is sent back

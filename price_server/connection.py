@@ -63,7 +63,7 @@ class Connection:
         A client with over 1 MiB queued is dropped; for one that has left it does nothing.
         """
         frame = encode_message(message)
-        self.server.call(lambda: self.send_frames(frame, messages=1))
+        self.server.call(lambda: self.server.step(self, lambda: self.send_frames(frame, messages=1)))
 
     def send_close(self, status: int = 1000, reason: bytes | str = b"") -> None:
         """Queue a close frame and hang up behind it; any thread may call this.
@@ -71,7 +71,7 @@ class Connection:
         Raises ValueError for a reason over 123 bytes of UTF-8.
         """
         frame = encode_close(status, reason)
-        self.server.call(lambda: self.close(frame))
+        self.server.call(lambda: self.server.step(self, lambda: self.close(frame)))
 
     def send_frames(self, frames: bytes, messages: int = 0) -> None:
         """Send whole frames now, or as soon as the socket takes them."""
@@ -90,7 +90,7 @@ class Connection:
     def answer(self, answer: Answer) -> None:
         """Send an HTTP answer as the last."""
         if answer.refused:
-            self.server.refused[f'{{reason="{answer.refused}"}}'] += 1
+            self.server.note_refused(answer.refused)
         size = sum(map(len, answer.pieces))
         self.end(answer.pieces, self.server.take_timeout + size / self.server.take_rate)
 

@@ -8,19 +8,17 @@ import json
 import logging
 import selectors
 import socket
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from websocket_server import WebsocketServer
-
 from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection
 from .figures import Figures, Update
-from .frames import Opcode, encode_close, encode_frame, encode_message
+from .frames import Opcode, encode_frame
 from .history import History
-from .loop import AT_ONCE, Loop
+from .interface import Interface
+from .loop import AT_ONCE
 from .web import Question, Upgrade, answer_history
 
 SEND_BUFFER = 32 << 10  # bytes; the default lets a client that stopped reading absorb hours of old prices
@@ -47,7 +45,7 @@ def socket_room() -> float:
     return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
-class PriceServer(Loop, Figures, WebsocketServer):
+class PriceServer(Interface, Figures):
     """A WebsocketServer that sends prices; `run_forever(threaded=True)` starts it.
 
     assets: ids in the order in which every client gets them. figures: see `Figures`.
@@ -82,9 +80,8 @@ class PriceServer(Loop, Figures, WebsocketServer):
         **figures: Any,
     ):
         Figures.__init__(self, assets, **figures)
-        Loop.__init__(self, self.clock)
+        Interface.__init__(self, self.clock)
         self.held = 0  # bytes that all connections together have waiting
-        self._clients: dict[Connection, dict[str, Any]] = {}
         self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
         self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
@@ -92,14 +89,12 @@ class PriceServer(Loop, Figures, WebsocketServer):
         self._listening = False
         self._next_ping = self.clock() + self.ping_interval
         self._stale = False
-        self._deny_frame = b""  # what deny_new_connections has new clients told
-        self._stop_frame: bytes | None = encode_close(1001, "server is stopping")  # None to hang up without
         if ":" in host:
             self.address_family = socket.AF_INET6
         self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
         try:
             self.history.start()
-            WebsocketServer.__init__(self, host, port)
+            self.bind(host, port)
         except BaseException:
             self.history.stop()
             self.close_wakers()
@@ -178,9 +173,9 @@ class PriceServer(Loop, Figures, WebsocketServer):
         if data is self.socket:
             self._accept()
         elif events & data.watched & selectors.EVENT_READ:  # not one that was ended earlier in this batch
-            self._step(data, data.on_readable)
+            self.step(data, data.on_readable)
         elif events & data.watched:
-            self._step(data, data.flush)
+            self.step(data, data.flush)
 
     def look_around(self) -> None:
         self._accept()
@@ -200,11 +195,10 @@ class PriceServer(Loop, Figures, WebsocketServer):
                 return
             sock.setblocking(False)
             if len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
-                for oldest in [*self._visitors, *self._answered][:1]:
-                    self.leave(oldest)
+                self.leave(next(iter(self._visitors or self._answered or self._clients)))
             connection = Connection(self, sock, address)
             self._visitors[connection] = None
-            self._step(connection, connection.on_readable)  # the request is mostly here by now
+            self.step(connection, connection.on_readable)  # the request is mostly here by now
             if connection.state is VISITOR:
                 self.watch(connection, selectors.EVENT_READ)
             self.look()
@@ -214,7 +208,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
             self.selector.unregister(self.socket)
             self._listening = False
 
-    def _step(self, connection: Connection, function: Callable[[], Any]) -> None:
+    def step(self, connection: Connection, function: Callable[[], Any]) -> None:
         """One step of one connection: what goes wrong in it ends this one only."""
         try:
             function()
@@ -238,7 +232,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
     def admit(self, connection: Connection, upgrade: Upgrade) -> None:
         """A visitor asks to be a client."""
         if self._deny_frame:
-            self.refused['{reason="denied"}'] += 1
+            self.note_refused("denied")
             connection.end([upgrade.head, self._deny_frame], self.close_timeout)
             return
         del self._visitors[connection]
@@ -250,7 +244,11 @@ class PriceServer(Loop, Figures, WebsocketServer):
         self.client_came.set()
         logger.debug("client %s came, clients connected: %d", _address(connection, upgrade), self.client_count)
         connection.become_client(upgrade)
-        if self.client_count >= self.max_clients:
+
+    def note_refused(self, reason: str) -> None:
+        """A request for the feed got no client."""
+        self.refused[f'{{reason="{reason}"}}'] += 1
+        if reason == "full":
             self.warn("full", f"full, clients connected: {self.client_count}; the next ones get 503")
 
     def ask_history(self, connection: Connection, question: Question) -> None:
@@ -259,7 +257,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
         self._answered[connection] = question
 
         def answer(pieces: list[bytes] | None) -> None:  # in the history thread
-            self.hand_over(lambda: self._step(connection, partial(self._answer_question, connection, pieces)))
+            self.hand_over(lambda: self.step(connection, partial(self._answer_question, connection, pieces)))
 
         wanted = partial(self._is_waiting, connection)
         if not self.history.ask(question.range_name, question.assets, answer, wanted):
@@ -276,7 +274,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
     def hear(self, connection: Connection, message: str | bytes) -> None:
         """A client said something: the callback hears it before the rest is read."""
         self._callbacks.append(partial(self._call_back, "message_received", self._clients[connection], message))
-        self._callbacks.append(partial(self._step, connection, connection.receive))
+        self._callbacks.append(partial(self.step, connection, connection.receive))
 
     def _call_back(self, name: str, client: dict[str, Any], *message: str | bytes) -> None:
         """Run one of the modifier's callbacks; what it raises is logged and reaches no client."""
@@ -348,7 +346,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
         for connection in self._everyone():
             self.look()
             if 0 < connection.deadline < now or 0 < connection.message_deadline < now:
-                self._step(connection, partial(self._be_late, connection))
+                self.step(connection, partial(self._be_late, connection))
         if now >= self._next_ping:
             self._next_ping = now + self.ping_interval
             self._ping_some(iter(list(self._clients)))
@@ -369,7 +367,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
     def _ping_some(self, connections: Iterator[Connection]) -> None:
         """In slices, or 8,000 pings would be one step."""
         for number, connection in enumerate(connections, 1):
-            self._step(connection, partial(self._ping, connection))
+            self.step(connection, partial(self._ping, connection))
             self.look()
             if number == AT_ONCE:
                 self._callbacks.append(partial(self._ping_some, connections))
@@ -382,78 +380,6 @@ class PriceServer(Loop, Figures, WebsocketServer):
             connection.unanswered += 1
             connection.send_frames(PING)
 
-    # The library's interface, for any thread
-
-    @property
-    def clients(self) -> list[dict[str, Any]]:
-        """The open clients at this moment: {"id": 1, "handler": Connection, "address": (host, port)}."""
-        return list(self._clients.copy().values())
-
-    @clients.setter
-    def clients(self, _: list[Any]) -> None:
-        """The library's __init__ sets an empty list."""
-
-    def handler_to_client(self, handler: Connection) -> dict[str, Any] | None:
-        return self._clients.get(handler)
-
-    def _multicast(self, message: str | bytes) -> None:
-        frame = encode_message(message)
-        self._for_all(lambda connection: connection.send_frames(frame, messages=1))
-
-    def _disconnect_clients_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        frame = encode_close(status, reason)
-        self._for_all(lambda connection: connection.close(frame))
-
-    def _disconnect_clients_abruptly(self) -> None:
-        self._for_all(lambda connection: self.drop(connection, "disconnected"))
-
-    def _for_all(self, act: Callable[[Connection], None]) -> None:
-        def run() -> None:
-            for connection in list(self._clients):
-                self._step(connection, partial(act, connection))
-                self.look()
-
-        self.call(run)
-
-    def _deny_new_connections(self, status: int, reason: bytes | str) -> None:
-        self._deny_frame = encode_close(status, reason)
-
-    def _allow_new_connections(self) -> None:
-        self._deny_frame = b""
-
-    def _run_forever(self, threaded: bool) -> None:
-        self.thread = threading.current_thread()
-        if threaded:
-            self.thread = threading.Thread(target=self.serve_forever, name="server", daemon=True)
-            self.thread.start()
-            self._started.wait()
-        else:
-            self.serve_forever()
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """The loop, until a shutdown. `poll_interval` is the base class's, and not used."""
-        self.run_loop()
-
-    def _shutdown_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        self._shut_down(encode_close(status, reason))
-
-    def _shutdown_abruptly(self) -> None:
-        self._shut_down(None)
-
-    def shutdown(self) -> None:
-        self._shut_down(self._stop_frame)
-
-    def server_close(self) -> None:
-        self._shut_down(self._stop_frame)
-
-    def _shut_down(self, frame: bytes | None) -> None:
-        if self.state == "before":
-            self.state = "ended"
-            self.end()
-        else:
-            self._stop_frame = frame
-            self.ask_to_stop()
-
     # The stop
 
     def begin_stop(self) -> None:
@@ -464,7 +390,7 @@ class PriceServer(Loop, Figures, WebsocketServer):
             if self._stop_frame is None or connection.state in (VISITOR, WAITING):
                 self.leave(connection)
             else:
-                self._step(connection, partial(connection.close, self._stop_frame))
+                self.step(connection, partial(connection.close, self._stop_frame))
 
     def is_done(self) -> bool:
         return not self._clients and not self._answered

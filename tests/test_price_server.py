@@ -907,7 +907,7 @@ def test_a_client_that_answers_no_ping_is_dropped_and_others_stay(impatient: Pri
         assert 1.0 <= time.monotonic() - began < 4.0
         wait_for(lambda: len(impatient.clients) == 1)
         assert client.ping().wait(5)
-    assert impatient.counts['clients_dropped_total{reason="no_pong"}'] == 1
+    assert impatient.dropped['{reason="no_pong"}'] == 1
 
 
 def test_a_client_whose_socket_stays_full_is_dropped_and_others_stay(
@@ -919,7 +919,7 @@ def test_a_client_whose_socket_stays_full_is_dropped_and_others_stay(
         fill(server, stuck)
         wait_for(lambda: len(server.clients) == 1, 4.0, "the stuck one dropped")
         assert client.ping().wait(5)
-    assert server.counts['clients_dropped_total{reason="behind"}'] == 1
+    assert server.dropped['{reason="behind"}'] == 1
 
 
 def test_a_client_behind_that_catches_up_in_time_stays(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1034,9 +1034,7 @@ def test_a_callback_that_raises_reaches_no_client(server: PriceServer, errors: l
         assert client.ping().wait(5)
     gone(server)
     assert calls == ["came 1", "message 1", "message 1", "left 1"]
-    assert errors == [
-        f"the callback {name} failed" for name in ("new_client", "message_received", "client_left")
-    ]
+    assert errors == [f"the callback {name} failed" for name in ("new_client", "message_received", "client_left")]
     errors.clear()
 
 
@@ -1103,7 +1101,7 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(serve
             server.send_message(stuck, message)
         assert [client.read() for _ in range(100)] == [(TEXT, message.encode())] * 100
         wait_for(lambda: server.clients == [slow])
-        assert server.counts['clients_dropped_total{reason="queue_full"}'] == 1
+        assert server.dropped['{reason="queue_full"}'] == 1
 
 
 def test_new_connections_are_denied_with_the_given_close_and_allowed_again(server: PriceServer) -> None:
@@ -1167,7 +1165,6 @@ def test_a_shutdown_ends_clients_port_and_threads(
     assert sorted(left) == [1, 2]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port))
-    
 
 
 def test_a_shutdown_from_a_callback_stops_the_server(server: PriceServer) -> None:
