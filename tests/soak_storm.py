@@ -196,49 +196,61 @@ class RudeClients:
 # Those that all come at once
 
 
-def herd(port: int, clients: int) -> None:
-    """Connect that many within a second, ask 0.3 s later, wait for a price; then what was seen, as JSON."""
-    selector = selectors.DefaultSelector()
-    start = time.monotonic()
-    asking: deque[tuple[float, socket.socket]] = deque()
-    received: dict[socket.socket, bytes] = {}
-    served: list[float] = []
-    lost: Counter[str] = Counter()
-    begun = 0
-    while len(served) + lost.total() < clients and time.monotonic() < start + HERD_TIMEOUT:
-        while begun < clients and time.monotonic() - start >= begun / clients:
-            sock = socket.socket()
-            sock.setblocking(False)
-            sock.connect_ex(("127.0.0.1", port))
-            selector.register(sock, selectors.EVENT_WRITE, sock)
-            begun += 1
-        for key, events in selector.select(0.001):
-            sock = key.data
-            try:
-                if events & selectors.EVENT_WRITE:
-                    asking.append((time.monotonic() + THINK, sock))
-                    selector.modify(sock, selectors.EVENT_READ, sock)
-                    received[sock] = b""
-                    continue
-                data = sock.recv(4096)
-                received[sock] += data
-                head, end, rest = received[sock].partition(b"\r\n\r\n")
-                if not data or (end and not head.startswith(b"HTTP/1.1 101 ")):
-                    raise ConnectionError(f"answered {head[:30].decode()!r}")
-                if b'"asset_id"' in rest:
-                    selector.unregister(sock)
-                    served.append(time.monotonic() - start)
-            except OSError as error:
-                lost[str(error)] += 1
-                selector.unregister(sock)
-        while asking and asking[0][0] <= time.monotonic():
-            try:
-                asking.popleft()[1].send(request())
-            except OSError:
-                pass  # `recv` tells
-    result = {"served": len(served), "last": max(served, default=0.0), "lost": lost}
-    print(json.dumps(result), flush=True)
-    sys.stdin.read()
+class Herd:
+    """Connects that many within a second; each asks 0.3 s later, and is served when it has a price."""
+
+    def __init__(self, port: int, clients: int):
+        self.port = port
+        self.clients = clients
+        self.selector = selectors.DefaultSelector()
+        self.asking: deque[tuple[float, socket.socket]] = deque()  # when each sends its request
+        self.received: dict[socket.socket, bytes] = {}
+        self.served: list[float] = []  # seconds from the start
+        self.lost: Counter[str] = Counter()
+        self.start = time.monotonic()
+
+    def run(self) -> None:
+        """Until all are served or lost, then what was seen, as JSON; all stay until stdin ends."""
+        begun = 0
+        while len(self.served) + self.lost.total() < self.clients and time.monotonic() < self.start + HERD_TIMEOUT:
+            while begun < self.clients and time.monotonic() - self.start >= begun / self.clients:
+                self.begin()
+                begun += 1
+            for key, events in self.selector.select(0.001):
+                try:
+                    self.serve(key.data, events)
+                except OSError as error:
+                    self.lost[str(error)] += 1
+                    self.selector.unregister(key.data)
+            while self.asking and self.asking[0][0] <= time.monotonic():
+                try:
+                    self.asking.popleft()[1].send(request())
+                except OSError:
+                    pass  # `recv` tells
+        result = {"served": len(self.served), "last": max(self.served, default=0.0), "lost": self.lost}
+        print(json.dumps(result), flush=True)
+        sys.stdin.read()
+
+    def begin(self) -> None:
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", self.port))
+        self.selector.register(sock, selectors.EVENT_WRITE, sock)
+
+    def serve(self, sock: socket.socket, events: int) -> None:
+        if events & selectors.EVENT_WRITE:  # it is connected
+            self.asking.append((time.monotonic() + THINK, sock))
+            self.selector.modify(sock, selectors.EVENT_READ, sock)
+            self.received[sock] = b""
+            return
+        data = sock.recv(4096)
+        self.received[sock] += data
+        head, end, rest = self.received[sock].partition(b"\r\n\r\n")
+        if not data or (end and not head.startswith(b"HTTP/1.1 101 ")):
+            raise ConnectionError(f"answered {head[:30].decode()!r}")
+        if b'"asset_id"' in rest:
+            self.selector.unregister(sock)
+            self.served.append(time.monotonic() - self.start)
 
 
 # The honest one
@@ -447,6 +459,6 @@ if __name__ == "__main__":
         case "rude":
             RudeClients(*numbers).run()
         case "herd":
-            herd(*numbers)
+            Herd(*numbers).run()
         case "honest":
             honest(*numbers)
