@@ -69,6 +69,7 @@ def crowd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Crowd]:
     if request.param == "C" and not COMPILES:
         outside("cc")
     compiled = compile_programs(str(tmp_path)) if request.param == "C" else {}
+    assert bool(compiled) == (request.param == "C")
     with ExitStack() as stack:
         yield Crowd(stack, Setup(MESSAGES, "", compiled), in_flight=1)
 
