@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from running import Tracker, wait_for
 from soak_clients import client_frame, raise_file_limit, request
 from soak_source import Source
@@ -368,8 +369,11 @@ class Storm:
         ):
             wait_for(lambda: source.good > 3)
             wait_for(lambda: honest.ask()["prices"], 20.0, "a price for the honest client")
-            self.all_phases(tracker, honest)
-            self.stop(tracker)
+            try:
+                self.all_phases(tracker, honest)
+                self.stop(tracker)
+            except psutil.NoSuchProcess:
+                self.check(False, f"the tracker ended: {tracker.log[-3:]}")
         for line in self.wrong:
             print("WRONG", line)
         print("failed" if self.wrong else "passed")
@@ -394,8 +398,11 @@ class Storm:
         self.check(memory[1] - memory[0] < MEMORY_ROOM, f"the second storm added {memory[1] - memory[0]:,} bytes")
 
     def sample(self, tracker: Tracker) -> None:
-        while not self.done.wait(0.1) and tracker.process.poll() is None:
-            self.samples.append(tracker.usage())
+        try:
+            while not self.done.wait(0.1):
+                self.samples.append(tracker.usage())
+        except psutil.NoSuchProcess:
+            pass  # the phase tells
 
     def phase(
         self,
@@ -413,18 +420,17 @@ class Storm:
         said, after = honest.ask(), tracker.usage()
         threads, files, memory, _ = zip(*self.samples, after, strict=True)
         few, many = min(threads), max(threads)
+        print(f"{name:14}{said['prices']:>7}{said['missed']:>7}{said['longest']:>12.2f} s", end="")
         print(
-            f"{name:14}{said['prices']:>7}{said['missed']:>7}{said['longest']:>12.2f} s{said['overslept']:>9.2f} s",
+            f"{said['overslept']:>9.2f} s{few if few == many else f'{few}-{many}':>10}{max(files):>7}{after[1]:>12}",
             end="",
         )
-        print(f"{few if few == many else f'{few}-{many}':>10}{max(files):>7}{after[1]:>12}", end="")
         print(f"{max(memory) / (1 << 20):>8.1f} MiB{after[2] / (1 << 20):>8.1f} MiB   {what}", flush=True)
         self.check(few == many == before[0], f"{name}: the number of threads changed, {few} to {many}")
         self.check(not said["ended"], f"{name}: the honest client was hung up on: {said['ended']}")
         self.check(said["missed"] == 0, f"{name}: the honest client missed {said['missed']} prices")
-        self.check(
-            said["longest"] <= self.wait, f"{name}: the honest client waited {said['longest']:.2f} s for a price"
-        )
+        late = f"{said['longest']:.2f} s for a price (the machine woke sleepers {said['overslept']:.2f} s late)"
+        self.check(said["longest"] <= self.wait, f"{name}: the honest client waited {late}")
         return after[2]
 
     def settle(self, name: str, tracker: Tracker, files: int) -> None:
