@@ -1,6 +1,5 @@
 """`tracker.py` with an hour of history behind it, so that `/history` is more than the sockets' buffers take."""
 
-import inspect
 import sys
 import time
 from pathlib import Path
@@ -22,11 +21,10 @@ class WithHistory(tracker.PriceServer):
     def __init__(self, assets: tuple[str, ...], *arguments: Any, **options: Any):
         self.shift = 0.0  # seconds that its clocks are behind
         clocks = {name: self.shifted(name) for name in ("time", "monotonic")}
-        known = inspect.signature(tracker.PriceServer.__init__).parameters
-        if "wall_clock" in known:
+        if hasattr(price_server, "time"):  # when the price server was one module, it took no clocks
+            price_server.time = SimpleNamespace(**(vars(time) | clocks))
+        else:
             options |= {"wall_clock": clocks["time"], "clock": clocks["monotonic"]}
-        else:  # the price server of old takes no clocks
-            price_server.time = SimpleNamespace(**(vars(time) | clocks))  # type: ignore[assignment]
         super().__init__(assets, *arguments, **options)
         for seconds in range(HOUR, 0, -SPACING):
             self.shift = float(seconds)
