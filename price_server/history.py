@@ -119,11 +119,9 @@ class History:
         self._changed = threading.Condition()
         self._waiting = Points()
         self._questions: deque[Question] = deque()
-        self._starting, self._stopping = True, False  # whether the file may still be refused; whether to end
-        self._opened = threading.Event()  # or refused
-        self._refusal: HistoryError | None = None
-        self._failing = False  # the file is behind, and that was logged
-        self._reason = f"history file {file!r} does not answer"
+        self._stopping = False
+        self._state = "opening"  # or "open"; "failing", when that was logged; "refused", for good
+        self._reason = f"history file {file!r} does not answer"  # for failing or being refused
 
         # The thread's own.
         self._memory: sqlite3.Connection
@@ -144,13 +142,13 @@ class History:
         Raises HistoryError when the file is refused meanwhile.
         """
         self._thread.start()
-        self._opened.wait(wait)
         with self._changed:
-            self._starting = False
-            self._failing = late = not self._opened.is_set()
-        if self._refusal is not None:
-            raise self._refusal
-        if late:
+            in_time = self._changed.wait_for(lambda: self._state != "opening", wait)
+            if not in_time:
+                self._state = "failing"
+        if self._state == "refused":
+            raise HistoryError(self._reason)
+        if not in_time:
             self._warn()
 
     def add(self, prices: dict[str, str], at: float) -> None:
@@ -159,7 +157,7 @@ class History:
             for span in RANGES:
                 for asset, price in prices.items():
                     self._waiting.add(span.step, int(at // span.step), asset, at, price)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def ask(
         self,
@@ -179,14 +177,14 @@ class History:
             if self._stopping or len(self._questions) >= MAX_QUESTIONS:
                 return False
             self._questions.append(Question(span, assets, answer, wanted))
-            self._changed.notify()
+            self._changed.notify_all()
         return True
 
     def stop(self, wait: float = 0.5) -> None:
         """Have what is left written, and the thread end; a disk that hangs is waited for that long at the most."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(wait)
 
@@ -197,7 +195,7 @@ class History:
         self._memory = sqlite3.connect(":memory:")
         self._memory.execute(TABLE)
         stopping = False
-        while not (stopping or self._refusal):
+        while not stopping and self._state != "refused":
             with self._changed:
                 pause = self._next_look - time.monotonic()
                 self._changed.wait_for(lambda: self._waiting or self._questions or self._stopping, pause)
@@ -223,7 +221,7 @@ class History:
             for point in polls:
                 self._unsaved.add(*point)
         self._show_ranges()
-        if not self._failing:
+        if self._state != "failing":
             self._save()
 
     def _look(self) -> None:
@@ -248,7 +246,8 @@ class History:
         now = self._wall_clock()
         found = [self._memory.execute(READ_OLDEST, self._within(span, now)).fetchone() for span in RANGES]
         self.ranges = tuple(
-            span._asdict() | {"since": row[0] if row else None} for span, row in zip(RANGES, found, strict=True)
+            span._asdict() | {"since": round(row[0], 3) if row else None}
+            for span, row in zip(RANGES, found, strict=True)
         )
 
     # Questions
@@ -266,7 +265,7 @@ class History:
 
     def _parts(self, span: Range, assets: tuple[str, ...]) -> list[bytes]:
         now = self._wall_clock()
-        if not 0 <= now - self._answers_time < FRESH:
+        if not self._answers or not 0 <= now - self._answers_time < FRESH:
             self._answers, self._answers_time = {}, now
         if span not in self._answers:
             self._answers[span] = self._read(span, now)
@@ -299,9 +298,9 @@ class History:
             self._failed(error)
         else:
             with self._changed:
-                recovered, self._failing = self._failing, False
-                self._opened.set()
-            if recovered:
+                before, self._state = self._state, "open"
+                self._changed.notify_all()
+            if before == "failing":
                 logger.info("history file %r is up to date again", self._file)
 
     def _failed(self, error: Exception) -> None:
@@ -312,12 +311,13 @@ class History:
         self._next_look = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
         self._reason = str(error) if isinstance(error, HistoryError) else f"history file {self._file!r}: {error}"
         with self._changed:
-            if self._starting and isinstance(error, HistoryError):
-                self._refusal = error
-                self._opened.set()
-            known = self._starting or self._failing
-            self._failing = not self._starting
-        if not known:
+            before = self._state
+            if before == "open":
+                self._state = "failing"
+            elif before == "opening" and isinstance(error, HistoryError):
+                self._state = "refused"
+                self._changed.notify_all()
+        if before == "open":
             self._warn()
 
     def _warn(self) -> None:
@@ -406,6 +406,8 @@ def _complaint_about_head(head: bytes) -> str | None:
 
 def _complaint_about_content(path: str) -> str | None:
     new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
+    if len(new) == 2 and os.path.getsize(path) % 512:
+        return "is damaged (cut off): put a copy in its place"  # SQLite sees whole pages alone
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
         (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
