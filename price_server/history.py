@@ -54,6 +54,8 @@ WITHIN = "FROM points WHERE step = ? AND slot BETWEEN ? AND ? AND source = ? AND
 READ = f"SELECT asset, time, price {WITHIN} ORDER BY slot"
 READ_OLDEST = f"SELECT time {WITHIN} ORDER BY slot, time LIMIT 1"
 
+Answer = Callable[[list[bytes] | None], None]  # takes the parts of a JSON object, or None when that failed
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +68,7 @@ class Question(NamedTuple):
 
     span: Range
     assets: tuple[str, ...]
-    answer: Callable[[list[bytes] | None], None]
+    answer: Answer
     wanted: Callable[[], bool]
 
 
@@ -120,13 +122,13 @@ class History:
         self._waiting = Points()
         self._questions: deque[Question] = deque()
         self._stopping = False
-        self._state = "opening"  # or "open"; "failing", when that was logged; "refused", for good
+        self._state = "opening" if file else "open"  # or "failing", when that was logged; "refused", for good
         self._reason = f"history file {file!r} does not answer"  # for failing or being refused
 
         # The thread's own.
         self._memory: sqlite3.Connection
         self._disk: sqlite3.Connection | None = None
-        self._identity = (0, 0)  # of the file that is open
+        self._status: os.stat_result  # of the file that is open
         self._unsaved = Points()  # what the file lacks
         self._next_look = 0.0  # monotonic time
         self._answers: dict[Range, dict[str, bytes]] = {}  # by range and asset, as of the last poll
@@ -160,16 +162,11 @@ class History:
             self._changed.notify_all()
 
     def ask(
-        self,
-        range_name: str,
-        assets: tuple[str, ...],
-        answer: Callable[[list[bytes] | None], None],
-        wanted: Callable[[], bool] = lambda: True,
+        self, range_name: str, assets: tuple[str, ...], answer: Answer, wanted: Callable[[], bool] = lambda: True
     ) -> bool:
         """Leave a question; False when too many wait.
 
-        answer: called in the history thread with the parts of the JSON object {"BTC":[[epoch_seconds,price],...],...};
-            answers share them. None says that it failed.
+        answer: called in the history thread, with {"BTC":[[epoch_seconds,price],...],...} in parts that answers share.
         wanted: called when its turn has come: a question that nobody waits for is dropped.
         """
         (span,) = (span for span in RANGES if span.name == range_name)
@@ -191,7 +188,7 @@ class History:
     # The thread
 
     def _run(self) -> None:
-        """Wait; keep what was polled, or else answer one question; look after the file. Only `stop` ends it."""
+        """Wait; keep what was polled, then answer one question; look after the file. Only `stop` ends it."""
         self._memory = sqlite3.connect(":memory:")
         self._memory.execute(TABLE)
         stopping = False
@@ -200,7 +197,7 @@ class History:
                 pause = self._next_look - time.monotonic()
                 self._changed.wait_for(lambda: self._waiting or self._questions or self._stopping, pause)
                 polls, self._waiting = self._waiting, Points()
-                question = self._questions.popleft() if self._questions and not polls else None
+                question = self._questions.popleft() if self._questions else None
                 stopping = self._stopping
             try:
                 if polls:
@@ -283,15 +280,12 @@ class History:
 
     def _save(self) -> None:
         """Open the file where it is not open, and write to it what it lacks; when that fails, try again later."""
+        if self._file is None:
+            return
         try:
-            if self._file is not None and self._disk is None:
-                self._disk = self._open(self._file)
-                self._show_ranges()
-            if self._file is not None and self._disk is not None and self._unsaved:
-                if _identity(self._file) != self._identity:  # SQLite writes into a deleted file without an error
-                    # Or what stands in FILE-wal would be taken for changes of the file that is there now.
-                    self._disk.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                    raise HistoryError(f"history file {self._file!r} was deleted or replaced")
+            self._disk = self._disk or self._open(self._file)
+            if self._unsaved:
+                self._check_identity(self._file, self._disk)
                 self._write(self._disk, self._unsaved)
                 self._unsaved = Points()
         except (HistoryError, OSError, sqlite3.Error) as error:
@@ -303,13 +297,21 @@ class History:
             if before == "failing":
                 logger.info("history file %r is up to date again", self._file)
 
+    def _check_identity(self, file: str, disk: sqlite3.Connection) -> None:
+        """SQLite writes into a file that was deleted without an error."""
+        if not os.path.samestat(os.stat(file), self._status):
+            # Or what stands in FILE-wal would be taken for changes of the file that is there now.
+            disk.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            raise HistoryError(f"history file {file!r} was replaced")
+
     def _failed(self, error: Exception) -> None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
-        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
-            self._close()
         locked = code == sqlite3.SQLITE_BUSY
         self._next_look = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
-        self._reason = str(error) if isinstance(error, HistoryError) else f"history file {self._file!r}: {error}"
+        if not locked and code != sqlite3.SQLITE_FULL:
+            self._close()
+        what = getattr(error, "strerror", None) or str(error)
+        self._reason = what if isinstance(error, HistoryError) else f"history file {self._file!r}: {what}"
         with self._changed:
             before = self._state
             if before == "open":
@@ -319,6 +321,11 @@ class History:
                 self._changed.notify_all()
         if before == "open":
             self._warn()
+
+    def _close(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+        self._disk = None
 
     def _warn(self) -> None:
         logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
@@ -339,7 +346,7 @@ class History:
                 disk.execute("COMMIT")
             disk.execute("PRAGMA journal_mode = WAL")
             disk.execute("PRAGMA synchronous = NORMAL")
-            self._identity = _identity(file)
+            self._status = os.stat(file)
             known = self._memory.execute(READ_ALL, self._key).fetchall()
             with self._memory:
                 rows = (row for row in disk.execute(READ_ALL, self._key) if row[4] in self._assets)
@@ -350,24 +357,8 @@ class History:
         for step, slot, _, _, *point in known:  # a file that was deleted is made anew with what is known
             self._unsaved.add(step, slot, *point)
         self._answers = {}
+        self._show_ranges()
         return disk
-
-    def _close(self) -> None:
-        try:
-            if self._disk is not None:
-                self._disk.close()
-        except sqlite3.Error:
-            pass  # it is given up in any case
-        self._disk = None
-
-
-def _identity(file: str) -> tuple[int, int]:
-    """Device and inode: what tells two files of the same name apart; (0, 0) for none."""
-    try:
-        status = os.stat(file)
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_dev, status.st_ino
 
 
 def _complaint(path: str) -> str | None:

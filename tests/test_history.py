@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import shutil
 import sqlite3
 import threading
@@ -55,11 +56,9 @@ class Past(History):
 
     def parts(self, name: str = "1h", *assets: str) -> list[bytes] | None:
         """The answer; what was polled before is in it, and in the file if that can be written."""
-        answered = threading.Event()
-        answers: list[list[bytes] | None] = []
-        assert self.ask(name, assets or self._assets, lambda parts: (answers.append(parts), answered.set())[0])
-        assert answered.wait(5)
-        return answers[0]
+        answers: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        assert self.ask(name, assets or self._assets, answers.put)
+        return answers.get(timeout=5)
 
     def text(self, name: str = "1h", *assets: str) -> str:
         return b"".join(self.parts(name, *assets) or []).decode()
@@ -74,9 +73,23 @@ class Past(History):
     def hold(self) -> threading.Event:
         """Keep its thread busy until the event that is returned is set."""
         held, go_on = threading.Event(), threading.Event()
-        self.ask("1h", ("BTC",), lambda _: (held.set(), go_on.wait(5))[0])
+
+        def answer(_: object) -> None:
+            held.set()
+            go_on.wait(5)
+
+        self.ask("1h", ("BTC",), answer)
         assert held.wait(5)
         return go_on
+
+    def tell_disk(self, statement: str) -> None:
+        """Execute it on the connection to the file, in the thread that owns it."""
+
+        def answer(_: object) -> None:
+            assert self._disk
+            self._disk.execute(statement)
+
+        self.ask("1h", (), answer)
 
 
 @pytest.fixture
@@ -257,14 +270,13 @@ def test_it_can_be_stopped_without_having_been_started() -> None:
 def test_polls_go_before_questions(past: Callable[..., Past]) -> None:
     history = past()
     go_on = history.hold()
-    answers: list[bytes] = []
-    answered = threading.Event()
-    history.ask("1h", ("BTC",), lambda parts: answers.extend(parts or []))
-    history.ask("1h", ("BTC",), lambda parts: (answers.extend(parts or []), answered.set())[0])
+    answers: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+    history.ask("1h", ("BTC",), answers.put)
+    history.ask("1h", ("BTC",), answers.put)
     history.poll("7", "BTC")
     go_on.set()
-    assert answered.wait(5)
-    assert b"".join(answers) == b'{"BTC":[[1800000000.000,7]]}' * 2
+    for _ in range(2):
+        assert b"".join(answers.get(timeout=5) or []) == b'{"BTC":[[1800000000.000,7]]}'
 
 
 def test_a_hundred_questions_may_wait_and_no_more(past: Callable[..., Past]) -> None:
@@ -642,15 +654,14 @@ def test_a_full_disk_costs_one_warning_and_no_point(
     past: Callable[..., Past], file: Path, log: pytest.LogCaptureFixture
 ) -> None:
     history = past(file)
-    limit = f"PRAGMA max_page_count = {os.path.getsize(file) // 4096}"
-    history.ask("1h", ("BTC",), lambda _: history._disk.execute(limit))  # type: ignore[union-attr]
+    history.tell_disk(f"PRAGMA max_page_count = {os.path.getsize(file) // 4096}")
     for number in range(100):
         history.poll(str(number), at=NOON + number * 10)
         assert history.points()[-1] == [NOON + number * 10, number]
     assert warnings(log) == [
         f"the past is kept in memory alone until the file can be used: history file '{file}': database or disk is full"
     ]
-    history.ask("1h", ("BTC",), lambda _: history._disk.execute("PRAGMA max_page_count = 10000"))  # type: ignore[union-attr]
+    history.tell_disk("PRAGMA max_page_count = 10000")
     wait_for(lambda: recovered(log, file))
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 200
 
@@ -688,7 +699,7 @@ def test_a_file_that_was_deleted_is_made_anew_with_what_is_known(
     history.poll("7", at=NOON + 86401)
     history.parts()
     assert warnings(log) == [
-        f"the past is kept in memory alone until the file can be used: history file '{filled}' was deleted or replaced"
+        f"the past is kept in memory alone until the file can be used: history file '{filled}': No such file or directory"
     ]
     wait_for(lambda: recovered(log, filled))
     history.stop(5)
