@@ -562,6 +562,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
+def warning(file: Path, reason: str) -> list[str]:
+    return [f"the past is kept in memory alone until the file can be used: history file '{file}'{reason}"]
+
+
 def recovered(caplog: pytest.LogCaptureFixture, file: Path) -> bool:
     return f"history file '{file}' is up to date again" in [
         record.getMessage() for record in caplog.records if record.levelname == "INFO"
@@ -614,9 +618,7 @@ def test_a_lock_of_another_program_costs_one_warning_and_no_point(
             assert history.points()[-1] == [NOON + number * 10, number]  # answered all the same
         wait_for(lambda: warnings(log))
         time.sleep(0.2)  # it is tried again in vain
-        assert warnings(log) == [
-            f"the past is kept in memory alone until the file can be used: history file '{file}': database is locked"
-        ]
+        assert warnings(log) == warning(file, ": database is locked")
         other.execute("COMMIT")
     wait_for(lambda: recovered(log, file))
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 10
@@ -638,9 +640,7 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
         history = past(filled, now=NOON + 86400 + 300, wait=0.3)
-        assert warnings(log) == [
-            f"the past is kept in memory alone until the file can be used: history file '{filled}': database is locked"
-        ]
+        assert warnings(log) == warning(filled, ": database is locked")
         history.poll("7")
         assert history.points("24h") == [[NOON + 86400 + 300, 7]]
     wait_for(lambda: recovered(log, filled))
@@ -658,9 +658,7 @@ def test_a_full_disk_costs_one_warning_and_no_point(
     for number in range(100):
         history.poll(str(number), at=NOON + number * 10)
         assert history.points()[-1] == [NOON + number * 10, number]
-    assert warnings(log) == [
-        f"the past is kept in memory alone until the file can be used: history file '{file}': database or disk is full"
-    ]
+    assert warnings(log) == warning(file, ": database or disk is full")
     history.tell_disk("PRAGMA max_page_count = 10000")
     wait_for(lambda: recovered(log, file))
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 200
@@ -678,9 +676,7 @@ def test_a_disk_that_fails_costs_one_warning_and_no_point(
     monkeypatch.setattr(disk, "error", "disk I/O error")
     history.poll("2", at=NOON + 10)
     history.parts()
-    assert warnings(log) == [
-        f"the past is kept in memory alone until the file can be used: history file '{file}': disk I/O error"
-    ]
+    assert warnings(log) == warning(file, ": disk I/O error")
     time.sleep(0.2)
     history.poll("3", at=NOON + 20)
     assert history.points() == [[NOON, 1], [NOON + 10, 2], [NOON + 20, 3]]
@@ -698,9 +694,7 @@ def test_a_file_that_was_deleted_is_made_anew_with_what_is_known(
     filled.unlink()
     history.poll("7", at=NOON + 86401)
     history.parts()
-    assert warnings(log) == [
-        f"the past is kept in memory alone until the file can be used: history file '{filled}': No such file or directory"
-    ]
+    assert warnings(log) == warning(filled, ": No such file or directory")
     wait_for(lambda: recovered(log, filled))
     history.stop(5)
     assert len(rows(filled)) == known
@@ -772,9 +766,7 @@ def test_a_disk_that_hangs_at_the_start_is_gone_on_without(
     begin = time.monotonic()
     history = past(filled, now=NOON + 86401, wait=0.1)
     assert 0.1 <= time.monotonic() - begin < 1
-    assert warnings(log) == [
-        f"the past is kept in memory alone until the file can be used: history file '{filled}' does not answer"
-    ]
+    assert warnings(log) == warning(filled, " does not answer")
     history.poll("7")
     disk.gate.set()
     wait_for(lambda: recovered(log, filled))
