@@ -54,6 +54,8 @@ WITHIN = "FROM points WHERE step = ? AND slot BETWEEN ? AND ? AND source = ? AND
 READ = f"SELECT asset, time, price {WITHIN} ORDER BY slot"
 READ_OLDEST = f"SELECT time {WITHIN} ORDER BY slot, time LIMIT 1"
 
+Answer = Callable[[list[bytes] | None], None]  # takes the parts of a JSON object, or None when that failed
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +68,7 @@ class Question(NamedTuple):
 
     span: Range
     assets: tuple[str, ...]
-    answer: Callable[[list[bytes] | None], None]
+    answer: Answer
     wanted: Callable[[], bool]
 
 
@@ -119,16 +121,14 @@ class History:
         self._changed = threading.Condition()
         self._waiting = Points()
         self._questions: deque[Question] = deque()
-        self._starting, self._stopping = True, False  # whether the file may still be refused; whether to end
-        self._opened = threading.Event()  # or refused
-        self._refusal: HistoryError | None = None
-        self._failing = False  # the file is behind, and that was logged
-        self._reason = f"history file {file!r} does not answer"
+        self._stopping = False
+        self._state = "opening" if file else "open"  # or "failing", when that was logged; "refused", for good
+        self._reason = f"history file {file!r} does not answer"  # for failing or being refused
 
         # The thread's own.
         self._memory: sqlite3.Connection
         self._disk: sqlite3.Connection | None = None
-        self._identity = (0, 0)  # of the file that is open
+        self._status: os.stat_result  # of the file that is open
         self._unsaved = Points()  # what the file lacks
         self._next_look = 0.0  # monotonic time
         self._answers: dict[Range, dict[str, bytes]] = {}  # by range and asset, as of the last poll
@@ -144,13 +144,13 @@ class History:
         Raises HistoryError when the file is refused meanwhile.
         """
         self._thread.start()
-        self._opened.wait(wait)
         with self._changed:
-            self._starting = False
-            self._failing = late = not self._opened.is_set()
-        if self._refusal is not None:
-            raise self._refusal
-        if late:
+            in_time = self._changed.wait_for(lambda: self._state != "opening", wait)
+            if not in_time:
+                self._state = "failing"
+        if self._state == "refused":
+            raise HistoryError(self._reason)
+        if not in_time:
             self._warn()
 
     def add(self, prices: dict[str, str], at: float) -> None:
@@ -159,19 +159,14 @@ class History:
             for span in RANGES:
                 for asset, price in prices.items():
                     self._waiting.add(span.step, int(at // span.step), asset, at, price)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def ask(
-        self,
-        range_name: str,
-        assets: tuple[str, ...],
-        answer: Callable[[list[bytes] | None], None],
-        wanted: Callable[[], bool] = lambda: True,
+        self, range_name: str, assets: tuple[str, ...], answer: Answer, wanted: Callable[[], bool] = lambda: True
     ) -> bool:
         """Leave a question; False when too many wait.
 
-        answer: called in the history thread with the parts of the JSON object {"BTC":[[epoch_seconds,price],...],...};
-            answers share them. None says that it failed.
+        answer: called in the history thread, with {"BTC":[[epoch_seconds,price],...],...} in parts that answers share.
         wanted: called when its turn has come: a question that nobody waits for is dropped.
         """
         (span,) = (span for span in RANGES if span.name == range_name)
@@ -179,30 +174,30 @@ class History:
             if self._stopping or len(self._questions) >= MAX_QUESTIONS:
                 return False
             self._questions.append(Question(span, assets, answer, wanted))
-            self._changed.notify()
+            self._changed.notify_all()
         return True
 
     def stop(self, wait: float = 0.5) -> None:
         """Have what is left written, and the thread end; a disk that hangs is waited for that long at the most."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(wait)
 
     # The thread
 
     def _run(self) -> None:
-        """Wait; keep what was polled, or else answer one question; look after the file. Only `stop` ends it."""
+        """Wait; keep what was polled, then answer one question; look after the file. Only `stop` ends it."""
         self._memory = sqlite3.connect(":memory:")
         self._memory.execute(TABLE)
         stopping = False
-        while not (stopping or self._refusal):
+        while not stopping and self._state != "refused":
             with self._changed:
                 pause = self._next_look - time.monotonic()
                 self._changed.wait_for(lambda: self._waiting or self._questions or self._stopping, pause)
                 polls, self._waiting = self._waiting, Points()
-                question = self._questions.popleft() if self._questions and not polls else None
+                question = self._questions.popleft() if self._questions else None
                 stopping = self._stopping
             try:
                 if polls:
@@ -223,7 +218,7 @@ class History:
             for point in polls:
                 self._unsaved.add(*point)
         self._show_ranges()
-        if not self._failing:
+        if self._state != "failing":
             self._save()
 
     def _look(self) -> None:
@@ -248,7 +243,8 @@ class History:
         now = self._wall_clock()
         found = [self._memory.execute(READ_OLDEST, self._within(span, now)).fetchone() for span in RANGES]
         self.ranges = tuple(
-            span._asdict() | {"since": row[0] if row else None} for span, row in zip(RANGES, found, strict=True)
+            span._asdict() | {"since": round(row[0], 3) if row else None}
+            for span, row in zip(RANGES, found, strict=True)
         )
 
     # Questions
@@ -266,7 +262,7 @@ class History:
 
     def _parts(self, span: Range, assets: tuple[str, ...]) -> list[bytes]:
         now = self._wall_clock()
-        if not 0 <= now - self._answers_time < FRESH:
+        if not self._answers or not 0 <= now - self._answers_time < FRESH:
             self._answers, self._answers_time = {}, now
         if span not in self._answers:
             self._answers[span] = self._read(span, now)
@@ -284,41 +280,52 @@ class History:
 
     def _save(self) -> None:
         """Open the file where it is not open, and write to it what it lacks; when that fails, try again later."""
+        if self._file is None:
+            return
         try:
-            if self._file is not None and self._disk is None:
-                self._disk = self._open(self._file)
-                self._show_ranges()
-            if self._file is not None and self._disk is not None and self._unsaved:
-                if _identity(self._file) != self._identity:  # SQLite writes into a deleted file without an error
-                    # Or what stands in FILE-wal would be taken for changes of the file that is there now.
-                    self._disk.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                    raise HistoryError(f"history file {self._file!r} was deleted or replaced")
+            self._disk = self._disk or self._open(self._file)
+            if self._unsaved:
+                self._check_identity(self._file, self._disk)
                 self._write(self._disk, self._unsaved)
                 self._unsaved = Points()
         except (HistoryError, OSError, sqlite3.Error) as error:
             self._failed(error)
         else:
             with self._changed:
-                recovered, self._failing = self._failing, False
-                self._opened.set()
-            if recovered:
+                before, self._state = self._state, "open"
+                self._changed.notify_all()
+            if before == "failing":
                 logger.info("history file %r is up to date again", self._file)
+
+    def _check_identity(self, file: str, disk: sqlite3.Connection) -> None:
+        """SQLite writes into a file that was deleted without an error."""
+        if not os.path.samestat(os.stat(file), self._status):
+            # Or what stands in FILE-wal would be taken for changes of the file that is there now.
+            disk.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            raise HistoryError(f"history file {file!r} was replaced")
 
     def _failed(self, error: Exception) -> None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
-        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
-            self._close()
         locked = code == sqlite3.SQLITE_BUSY
         self._next_look = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
-        self._reason = str(error) if isinstance(error, HistoryError) else f"history file {self._file!r}: {error}"
+        if not locked and code != sqlite3.SQLITE_FULL:
+            self._close()
+        what = getattr(error, "strerror", None) or str(error)
+        self._reason = what if isinstance(error, HistoryError) else f"history file {self._file!r}: {what}"
         with self._changed:
-            if self._starting and isinstance(error, HistoryError):
-                self._refusal = error
-                self._opened.set()
-            known = self._starting or self._failing
-            self._failing = not self._starting
-        if not known:
+            before = self._state
+            if before == "open":
+                self._state = "failing"
+            elif before == "opening" and isinstance(error, HistoryError):
+                self._state = "refused"
+                self._changed.notify_all()
+        if before == "open":
             self._warn()
+
+    def _close(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+        self._disk = None
 
     def _warn(self) -> None:
         logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
@@ -339,7 +346,7 @@ class History:
                 disk.execute("COMMIT")
             disk.execute("PRAGMA journal_mode = WAL")
             disk.execute("PRAGMA synchronous = NORMAL")
-            self._identity = _identity(file)
+            self._status = os.stat(file)
             known = self._memory.execute(READ_ALL, self._key).fetchall()
             with self._memory:
                 rows = (row for row in disk.execute(READ_ALL, self._key) if row[4] in self._assets)
@@ -350,24 +357,8 @@ class History:
         for step, slot, _, _, *point in known:  # a file that was deleted is made anew with what is known
             self._unsaved.add(step, slot, *point)
         self._answers = {}
+        self._show_ranges()
         return disk
-
-    def _close(self) -> None:
-        try:
-            if self._disk is not None:
-                self._disk.close()
-        except sqlite3.Error:
-            pass  # it is given up in any case
-        self._disk = None
-
-
-def _identity(file: str) -> tuple[int, int]:
-    """Device and inode: what tells two files of the same name apart; (0, 0) for none."""
-    try:
-        status = os.stat(file)
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_dev, status.st_ino
 
 
 def _complaint(path: str) -> str | None:
@@ -406,6 +397,8 @@ def _complaint_about_head(head: bytes) -> str | None:
 
 def _complaint_about_content(path: str) -> str | None:
     new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
+    if len(new) == 2 and os.path.getsize(path) % 512:
+        return "is damaged (cut off): put a copy in its place"  # SQLite sees whole pages alone
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
         (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
