@@ -112,8 +112,6 @@ class MessageReader:
             final, opcode, payload = frame
             if opcode >= Opcode.CLOSE:
                 yield opcode, payload
-            elif (opcode == Opcode.CONTINUATION) != (self._fragments is not None):
-                raise ProtocolError(1002, "continuation without a start, or a start inside a fragmented message")
             elif final and self._fragments is None:
                 yield opcode, _decode_text(payload) if opcode == Opcode.TEXT else payload
             else:
@@ -138,6 +136,8 @@ class MessageReader:
             return None
         final, opcode, size = bool(buffer[0] & 0x80), buffer[0] & 0x0F, buffer[1] & 0x7F
         _check_head(buffer[0], buffer[1])
+        if opcode < Opcode.CLOSE and (opcode == Opcode.CONTINUATION) != (self._fragments is not None):
+            raise ProtocolError(1002, "continuation without a start, or a start inside a fragmented message")
         start = 2
         if size >= 126:
             start, smallest, layout = (4, 126, "!H") if size == 126 else (10, 1 << 16, "!Q")

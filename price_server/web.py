@@ -290,4 +290,5 @@ def _origin_is_allowed(request: Request, figures: Figures) -> bool:
     origin = origin.lower()
     if not origin.isprintable():
         return False  # a folded header would be sent back as one more
-    return origin in figures.allow_origins or origin.partition("://")[2] == request.headers.get("Host", "").lower()
+    host = request.headers.get("Host", "").lower()
+    return origin in figures.allow_origins or origin in (f"http://{host}", f"https://{host}")
