@@ -74,7 +74,7 @@ class Figures:
         self.polls = _counter("result", "success", "failure")
         self.refused = _counter("reason", "asset", "denied", "full", "handshake", "origin")
         self.dropped = _counter(
-            "reason", "behind", "disconnected", "memory", "no_close", "no_pong", "queue_full", "unfinished"
+            "reason", "behind", "disconnected", "failed", "memory", "no_close", "no_pong", "queue_full", "unfinished"
         )
 
     # What changes them

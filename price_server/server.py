@@ -225,9 +225,10 @@ class PriceServer(Interface, Figures):
     def _fail(self, connection: Connection, error: Exception) -> None:
         if isinstance(error, OSError):
             logger.debug("connection lost: %s", error)
+            self.leave(connection)
         else:
             self.warn("failed", f"a connection failed, and is ended: {error!r}", error)
-        self.leave(connection)
+            self.drop(connection, "failed")
 
     def admit(self, connection: Connection, upgrade: Upgrade) -> None:
         """A visitor asks to be a client."""

@@ -590,7 +590,7 @@ def test_without_its_page_the_server_says_what_is_missing(
 
 
 def test_healthz_has_exactly_these_fields(figures: Figures, clock: Clock) -> None:
-    figures.report_failure("CoinAPI answered 503")
+    figures.last_error = "CoinAPI answered 503"
     answer = get(figures, "/healthz")
     assert answer.status == 503
     expected: dict[str, Any] = {
@@ -647,7 +647,8 @@ def test_healthz_is_503_unless_ok_or_paused(figures: Figures, clock: Clock) -> N
     poll(figures, BTC=1.0)
     assert health() == (200, "ok")
     clock.now = 60.0
-    figures.report_failure("x")
+    figures.last_error = "x"
+    figures.polls['{result="failure"}'] += 1
     assert health() == (200, "ok")
     clock.now = 60.001
     assert health() == (503, "stale")
@@ -719,11 +720,12 @@ def test_metrics_are_exactly_these(figures: Figures, clock: Clock) -> None:
     poll(figures, BTC=45000.0, SOL=1e-7)
     poll(figures, BTC=45000.25)
     clock.now = 3.0
-    figures.report_failure("x")
+    figures.last_error = "x"
+    figures.polls['{result="failure"}'] += 1
     for reason in ("full", "origin", "full"):
-        figures.count_refused(reason)
-    figures.count_dropped("behind")
-    figures.counts["messages_sent_total"] += 123_456_789
+        figures.refused[f'{{reason="{reason}"}}'] += 1
+    figures.dropped['{reason="behind"}'] += 1
+    figures.messages_sent += 123_456_789
     figures.client_count, figures.paused, figures.poll_seconds = 7, True, 0.0
     figures.credits_used, figures.credits_left = 0, -66_181
     moment = 1_795_333_445.123456
