@@ -276,7 +276,7 @@ class Connection:
         whole = False
         try:
             for opcode, message in self.reader.read():
-                whole = True
+                whole = whole or not self.reader.is_fragmented  # a ping between fragments gives these no more time
                 if opcode == Opcode.PONG:
                     self.unanswered = 0
                 elif opcode == Opcode.PING:  # kept, not sent: one send answers all the pings of a turn

@@ -99,6 +99,11 @@ class MessageReader:
         """Whether no frame and no message is begun."""
         return self._fragments is None and not self._buffer
 
+    @property
+    def is_fragmented(self) -> bool:
+        """Whether a message's first fragment has come, and its last has not."""
+        return self._fragments is not None
+
     def feed(self, data: bytes) -> None:
         """Take what came."""
         self._buffer += data

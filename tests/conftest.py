@@ -1,14 +1,19 @@
 """Fixtures for all tests."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from raw import Clock
 from running import ASSETS
 from stand_in import StandIn
 
 from coin_api import PriceUpdate
 from price_server import PriceServer
+
+sys.setswitchinterval(0.0002)  # as the program does at its start
 
 
 @pytest.fixture
@@ -39,6 +44,12 @@ def server(start_server: Callable[..., PriceServer]) -> PriceServer:
 
 
 @pytest.fixture
+def timed(start_server: Callable[..., PriceServer]) -> PriceServer:
+    """The same with a clock that stands still until the test has it advance (`pass_time`)."""
+    return start_server(clock=Clock())
+
+
+@pytest.fixture
 def updates() -> Callable[[float], list[PriceUpdate]]:
     """Makes one poll's updates: every asset at the same price."""
 
@@ -46,3 +57,21 @@ def updates() -> Callable[[float], list[PriceUpdate]]:
         return [PriceUpdate(asset_id, price, "2026-11-22T07:44:05.1234567Z") for asset_id in ASSETS]
 
     return make
+
+
+@pytest.fixture
+def quick_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop waits less long for clients that do not hang up."""
+    monkeypatch.setattr(PriceServer, "stop_timeout", 0.3)
+
+
+@pytest.fixture
+def errors() -> Iterator[list[str]]:
+    """What is logged as an error: the test fails when that is anything, and one that means it clears the list."""
+    logged: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    yield logged
+    logging.getLogger().removeHandler(handler)
+    assert logged == []
