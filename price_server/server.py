@@ -25,6 +25,7 @@ SEND_BUFFER = 32 << 10  # bytes; the default lets a client that stopped reading 
 RECEIVE_BUFFER = 16 << 10  # bytes
 ACCEPT_AT_ONCE = 32  # connections
 OWN_FILES = 20  # descriptors that are no connection: logs, listener, selector, history, CoinAPI
+SPARE_VISITORS = 30  # that find room when the server is full of clients
 SELECT_ROOM = 512  # sockets that Windows' select takes
 SHARED_SIZE = 4 << 10  # bytes from which on a piece that several connections keep is counted once
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -86,6 +87,7 @@ class PriceServer(Interface, Figures):
         self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
         self._room = socket_room() - OWN_FILES
+        self.max_clients = max(int(min(self.max_clients, self._room - SPARE_VISITORS)), 1)
         self._listening = False
         self._next_ping = self.clock() + self.ping_interval
         self._stale = False
@@ -195,7 +197,8 @@ class PriceServer(Interface, Figures):
                 return
             sock.setblocking(False)
             if len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
-                self.leave(next(iter(self._visitors or self._answered or self._clients)))
+                if (oldest := next(iter(self._visitors or self._answered), None)) is not None:
+                    self.leave(oldest)
             connection = Connection(self, sock, address)
             self._visitors[connection] = None
             self.step(connection, connection.on_readable)  # the request is mostly here by now

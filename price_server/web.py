@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -235,16 +236,23 @@ def _price(asset_id: str, figures: Figures) -> bytes:
 
 def _dashboard(request: Request, figures: Figures) -> Answer:
     try:
-        page = DASHBOARD.read_bytes().replace(b"\r\n", b"\n")  # as a browser reads it before it hashes
+        page, policy = _read_dashboard(DASHBOARD, DASHBOARD.stat().st_mtime_ns)
     except OSError as error:
         raise Refusal(404, f"no page: {DASHBOARD.name} beside {Path(__file__).name}: {error.strerror}") from None
+    return _answer(request, figures, page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
+
+
+@lru_cache(maxsize=1)
+def _read_dashboard(path: Path, _: int) -> tuple[bytes, str]:
+    """The page and its Content-Security-Policy: read anew when it has changed, and held once for all who take it."""
+    page = path.read_bytes().replace(b"\r\n", b"\n")  # as a browser reads it before it hashes
     # Only the script and the style that stand in the page may run, and only this server may be asked.
     hashes = {tag: _hashes(rb"<%b>(.*?)</%b>" % (tag, tag), page) for tag in (b"script", b"style")}
     policy = (
         f"default-src 'none'; script-src {hashes[b'script']}; style-src {hashes[b'style']}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
     )
-    return _answer(request, figures, page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
+    return page, policy
 
 
 def _hashes(pattern: bytes, page: bytes) -> str:
