@@ -15,9 +15,10 @@ The floor and the readers are small C programs, compiled at the start, on Linux 
 elsewhere, and with --python, Python ones, which are slower: the output says which it was. --before
 takes an earlier checkout of this program into the same run: `git worktree add ../before COMMIT`.
 
-The table has the median and the worst round, the median as a multiple of this server's, of the
-earlier one's and of the floor's, and what N clients add to the server process: memory (RSS after
-garbage collection, connected and after one round) and threads. A side that cannot hold N clients
+The table has the median and the worst round, the time as a multiple of this server's, of the earlier
+one's and of the floor's (the median of the multiples in each round: what slows the machine for a
+while slows both), and what N clients add to the server process: memory (RSS after garbage
+collection, connected and after one round) and threads. A side that cannot hold N clients
 says why; one whose package is missing is left out and named. The exit status is 1 when any byte was
 missing or too many. The last sections run the real `tracker.py`, and `ab` (Debian's apache2-utils).
 Needs Linux or macOS, psutil, and for `ws` Node with `npm install --prefix .venv ws`.
@@ -278,23 +279,28 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f}"
 
 
+def multiple(numbers: Sequence[float], others: Sequence[float]) -> float:
+    """The median of how many times the other each is, measured in the same turn."""
+    return statistics.median(number / other for number, other in zip(numbers, others, strict=True))
+
+
 def compare(contenders: Sequence[Contender], versions: dict[str, str | None], clients: int, messages: int) -> None:
     """The table of one N."""
     rows = []
-    medians = {each.name: statistics.median(each.times) for each in contenders if not each.reason}
-    bases = [base for base in (THIS, BEFORE, FLOOR) if base in medians]
+    sound = {each.name: each for each in contenders if not each.reason}
+    bases = [sound[name] for name in (THIS, BEFORE, FLOOR) if name in sound]
     for each in contenders:
         name = f"{each.name} {versions[each.name]}".rstrip()
         if each.reason:
             rows.append([name, "FAILED" if each.failed else "cannot", *[""] * (5 + len(bases))])
             continue
-        median = medians[each.name]
+        median = statistics.median(each.times)
         row = [name, milliseconds(median), milliseconds(max(each.times))]
-        row += [f"{median / medians[base]:.2f}" for base in bases]
+        row += [f"{multiple(each.times, base.times):.2f}" for base in bases]
         row += [f"{clients * messages / median:,.0f}", f"{each.memory / 1024:.2f}", f"{each.threads:+,d}"]
         rows.append([*row, f"{clients / each.connecting:,.0f}"])
     rounds = max(len(each.times) for each in contenders)
-    head = ["side", "median ms", "worst ms", *(f"x {base.split()[0]}" for base in bases)]
+    head = ["side", "median ms", "worst ms", *(f"x {base.name.split()[0]}" for base in bases)]
     head += ["messages/s", "KiB/client", "threads", "accepted/s"]
     notes = [f"{each.name}: {each.reason}." for each in contenders if each.reason]
     print_table(f"{clients:,} clients, {rounds} rounds", head, *rows, notes=notes)
@@ -309,7 +315,7 @@ def show_growth(measured: Sequence[tuple[int, dict[str, Contender]]]) -> None:
         row = [f"{clients:,}", milliseconds(median), f"{median / clients * 1e6:.1f}"]
         row += [f"{this.memory / 1024:.2f}", f"{this.threads:+d}", f"{clients / this.connecting:,.0f}"]
         if before:
-            row += [f"{median / statistics.median(before.times):.2f}", f"{before.connecting / this.connecting:.2f}"]
+            row += [f"{multiple(this.times, before.times):.2f}", f"{before.connecting / this.connecting:.2f}"]
         rows.append(row)
     head = ["clients", "median ms", "microseconds per client", "KiB per client", "threads added", "accepted/s"]
     head += ["time x before", "accepted x before"] if len(rows[0]) > len(head) else []
@@ -331,11 +337,10 @@ def show_requests(setup: Setup, rounds: int, requests: int) -> None:
         for _ in range(rounds):
             for contender in contenders:
                 rates.setdefault(contender.name, []).append(ask_for_price(contender.crowd.port, requests))
-    medians = {name: statistics.median(each) for name, each in rates.items()}
     rows = []
     for name, each in rates.items():
-        row = [name, f"{medians[name]:,.0f}", f"{min(each):,.0f}", f"{max(each):,.0f}"]
-        rows.append([*row, *([f"{medians[name] / medians[BEFORE]:.2f}"] if setup.before else [])])
+        row = [name, f"{statistics.median(each):,.0f}", f"{min(each):,.0f}", f"{max(each):,.0f}"]
+        rows.append([*row, *([f"{multiple(each, rates[BEFORE]):.2f}"] if setup.before else [])])
     head = ["side", "median requests/s", "least", "most", *(["x before"] if setup.before else [])]
     print_table(f"`ab -c 50` asks for /prices/BTC, {rounds} times {requests:,} requests", head, *rows)
 
