@@ -415,4 +415,4 @@ def _complaint_about_content(path: str) -> str | None:
         return None
     for beside in new:
         Path(beside).unlink(missing_ok=True)
-    return f"is damaged ({verdict}): put a copy in its place"
+    return f"is damaged ({verdict.splitlines()[-1]}): put a copy in its place"

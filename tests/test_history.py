@@ -114,6 +114,12 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level("INFO", logger="price_server.history")
+    return caplog
+
+
+@pytest.fixture
 def filled(file: Path, past: Callable[..., Past]) -> Path:
     """A file with a day of prices in it, of a program that has ended."""
     history = past(file)
@@ -298,7 +304,9 @@ def test_a_question_that_nobody_waits_for_is_dropped(past: Callable[..., Past]) 
     assert answered == []
 
 
-def test_nothing_that_an_answer_raises_ends_the_thread(past: Callable[..., Past]) -> None:
+def test_nothing_that_an_answer_raises_ends_the_thread(
+    past: Callable[..., Past], log: pytest.LogCaptureFixture
+) -> None:
     history = past()
 
     def answer(_: object) -> None:
@@ -307,11 +315,15 @@ def test_nothing_that_an_answer_raises_ends_the_thread(past: Callable[..., Past]
     history.ask("1h", ("BTC",), answer)
     history.poll("1")
     assert history.points() == [[NOON, 1]]
+    assert [record.getMessage() for record in log.records] == ["history had an error, and goes on"]
+    assert "an answer's own error" in log.text
 
 
-def test_a_question_that_fails_is_answered_with_none(past: Callable[..., Past]) -> None:
+def test_a_question_that_fails_is_answered_with_none(past: Callable[..., Past], log: pytest.LogCaptureFixture) -> None:
     history = past()
     assert history.parts("1h", "DOGE") is None
+    assert [record.getMessage() for record in log.records] == ["a question to history failed"]
+    assert "KeyError: 'DOGE'" in log.text
     assert history.text() == '{"BTC":[],"ETH":[]}'
 
 
@@ -491,21 +503,36 @@ def test_a_file_that_is_refused_stays_as_it_was(kind: str, file: Path) -> None:
     wait_for(lambda: not any(thread.name == "history" for thread in threading.enumerate()))
 
 
-@pytest.mark.parametrize("kept", [17, 99, 100, 5000, -4096, -1])
-def test_a_file_that_was_cut_is_refused_and_stays_as_it_was(filled: Path, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "how"),
+    [
+        (17, ""),
+        (99, ""),
+        (100, " (cut off)"),
+        (8192, " (database disk image is malformed)"),
+        (-4096, " (database disk image is malformed)"),
+        (-1, " (cut off)"),
+    ],
+)
+def test_a_file_that_was_cut_is_refused_and_stays_as_it_was(filled: Path, kept: int, how: str) -> None:
     filled.write_bytes(filled.read_bytes()[:kept])
     before = snapshot(filled.parent)
-    with pytest.raises(HistoryError, match=r"past.db' is damaged.*: put a copy in its place, or name another file$"):
+    with pytest.raises(HistoryError) as refusal:
         Past(filled).start(5)
+    assert str(refusal.value) == (
+        f"history file '{filled}' is damaged{how}: put a copy in its place, or name another file"
+    )
     assert snapshot(filled.parent) == before
 
 
-def test_a_file_whose_content_was_changed_is_refused_and_stays_as_it_was(filled: Path) -> None:
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])  # with files beside it while it is looked at, and without
+def test_a_file_whose_content_was_changed_is_refused_and_stays_as_it_was(filled: Path, mode: str) -> None:
+    rows(filled, f"PRAGMA journal_mode = {mode}")
     content = bytearray(filled.read_bytes())
     content[8192:8292] = b"x" * 100
     filled.write_bytes(content)
     before = snapshot(filled.parent)
-    with pytest.raises(HistoryError, match="is damaged"):
+    with pytest.raises(HistoryError, match=r"^history file '\S+past.db' is damaged \(Page 3: .*\): put a copy"):
         Past(filled).start(5)
     assert snapshot(filled.parent) == before
 
@@ -572,17 +599,12 @@ def recovered(caplog: pytest.LogCaptureFixture, file: Path) -> bool:
     ]
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level("INFO", logger="price_server.history")
-    return caplog
-
-
 class Disk(sqlite3.Connection):
     """A connection whose file can be made to hang, to be full or to fail."""
 
     gate = threading.Event()
     error: str | None = None
+    fails_at = ""  # how the statement begins
 
     def __init__(self, name: str, **options: Any):
         self.is_file = name != ":memory:"
@@ -590,12 +612,12 @@ class Disk(sqlite3.Connection):
             assert self.gate.wait(10)
         super().__init__(name, **options)
 
-    def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+    def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
         if self.is_file:
             assert self.gate.wait(10)
-            if self.error:
+            if self.error and statement.startswith(self.fails_at):
                 raise sqlite3.OperationalError(self.error)
-        return super().executemany(*arguments)
+        return super().executemany(statement, *arguments)
 
 
 @pytest.fixture
@@ -611,6 +633,8 @@ def test_a_lock_of_another_program_costs_one_warning_and_no_point(
     past: Callable[..., Past], file: Path, log: pytest.LogCaptureFixture
 ) -> None:
     history = past(file)
+    history.retry_interval = 60.0  # that is for other trouble
+    opened = history._disk
     with closing(connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         for number in range(5):
@@ -621,6 +645,7 @@ def test_a_lock_of_another_program_costs_one_warning_and_no_point(
         assert warnings(log) == warning(file, ": database is locked")
         other.execute("COMMIT")
     wait_for(lambda: recovered(log, file))
+    assert history._disk is opened
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 10
     assert len(warnings(log)) == 1
 
@@ -654,11 +679,14 @@ def test_a_full_disk_costs_one_warning_and_no_point(
     past: Callable[..., Past], file: Path, log: pytest.LogCaptureFixture
 ) -> None:
     history = past(file)
+    opened = history._disk
     history.tell_disk(f"PRAGMA max_page_count = {os.path.getsize(file) // 4096}")
     for number in range(100):
         history.poll(str(number), at=NOON + number * 10)
         assert history.points()[-1] == [NOON + number * 10, number]
     assert warnings(log) == warning(file, ": database or disk is full")
+    assert not recovered(log, file)
+    assert history._disk is opened
     history.tell_disk("PRAGMA max_page_count = 10000")
     wait_for(lambda: recovered(log, file))
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 200
@@ -672,6 +700,7 @@ def test_a_disk_that_fails_costs_one_warning_and_no_point(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     history = past(file)
+    history.locked_interval = 60.0  # that is for a lock
     history.poll("1", at=NOON)
     monkeypatch.setattr(disk, "error", "disk I/O error")
     history.poll("2", at=NOON + 10)
@@ -684,6 +713,18 @@ def test_a_disk_that_fails_costs_one_warning_and_no_point(
     wait_for(lambda: recovered(log, file))
     assert len(warnings(log)) == 1
     assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",), ("3",)]
+
+
+def test_a_poll_is_written_whole_or_not_at_all(
+    past: Callable[..., Past], file: Path, disk: type[Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = past(file)
+    history.retry_interval = 60.0
+    monkeypatch.setattr(disk, "error", "disk I/O error")
+    monkeypatch.setattr(disk, "fails_at", "DELETE")  # behind the poll's points
+    history.poll("1")
+    history.parts()
+    assert rows(file) == []
 
 
 def test_a_file_that_was_deleted_is_made_anew_with_what_is_known(
@@ -701,25 +742,26 @@ def test_a_file_that_was_deleted_is_made_anew_with_what_is_known(
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
 
 
-def test_a_file_that_was_replaced_by_a_copy_is_gone_on_with(
+def test_a_file_that_was_replaced_is_gone_on_with_and_keeps_what_is_in_it(
     past: Callable[..., Past], filled: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    copy = filled.with_name("copy.db")
-    shutil.copy(filled, copy)
+    other = past(filled.with_name("other.db"), source="other")
+    for number in range(500):
+        other.poll(f"{number}", at=NOON + number * 10)
+    other.stop(5)
     history = past(filled, now=NOON + 86400)
-    for number in range(50):
+    for number in range(50):  # they stand in FILE-wal, which must not be taken for changes of the other file
         history.poll(str(number), at=NOON + 86400 + number * 10)
         history.parts()
-    copy.rename(filled)
-    history.poll("99", at=NOON + 86900)
+    expected = history.text("24h")
+    filled.with_name("other.db").rename(filled)
+    history.poll("49", at=history.clock.now)
     wait_for(lambda: recovered(log, filled))
-    assert len(warnings(log)) == 1
+    assert warnings(log) == warning(filled, " was replaced")
     history.stop(5)
     assert rows(filled, "PRAGMA integrity_check") == [("ok",)]
-    assert past(filled, now=NOON + 86900).points("1h")[-50:] == [
-        *([NOON + 86400 + number * 10, number] for number in range(1, 50)),
-        [NOON + 86900, 99],
-    ]
+    assert past(filled, now=history.clock.now).text("24h") == expected
+    assert len(past(filled, now=history.clock.now, source="other").points("24h")) == 16
 
 
 def test_a_file_that_was_replaced_by_a_stranger_is_left_alone_and_the_past_stays(
@@ -802,5 +844,7 @@ def test_a_stop_writes_what_is_left_even_in_trouble(
     history.parts()
     monkeypatch.setattr(disk, "error", None)
     history.poll("2", at=NOON + 10)
+    history.parts()
+    assert rows(file) == []  # it is not time yet to try again
     history.stop(5)
     assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",)]

@@ -1,0 +1,391 @@
+"""A tracker with `--history FILE`, and what can befall the file: kills, company, trouble of the disk, visitors."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import resource
+import selectors
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import pairwise
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from running import ASSETS, ROOT, Tracker, wait_for
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from price_server.history import RANGES, History
+
+NAMES = [span.name for span in RANGES]
+LAST = "SELECT price FROM points WHERE asset = 'BTC' AND step = 10 ORDER BY slot DESC LIMIT 1"
+BEHIND = "the past is kept in memory alone until the file can be used"
+AGAIN = "is up to date again"
+
+
+class Honest(threading.Thread):
+    """A client that reads all it gets, and notes when: what a disk does must not show in it."""
+
+    def __init__(self, tracker: Tracker):
+        super().__init__(daemon=True)
+        self.prices: list[str] = []  # of BTC, as text
+        self.times: list[float] = []
+        self._url = tracker.ws + "?assets=BTC"
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with connect(self._url) as client:
+                for message in client:
+                    self.prices.append(json.dumps(json.loads(message)["price"]))
+                    self.times.append(time.monotonic())
+        except ConnectionClosed:
+            pass
+
+    def wait_for_polls(self, count: int) -> None:
+        already = len(self.times)
+        wait_for(lambda: len(self.times) >= already + count, what=f"{count} polls")
+
+    def longest_wait(self) -> float:
+        return max(later - earlier for earlier, later in pairwise(self.times))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "past.db"
+
+
+@pytest.fixture
+def track(file: Path) -> Iterator[Callable[..., Tracker]]:
+    """Starts trackers with the file, ten polls a second and simulated prices."""
+    trackers = []
+
+    def start(**options: Any) -> Tracker:
+        tracker = Tracker("--demo", "--interval", "0.1", "--history", str(file), **options)
+        trackers.append(tracker)
+        return tracker.__enter__()
+
+    yield start
+    for tracker in trackers:
+        tracker.__exit__()
+
+
+def rows(file: Path, select: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(file)) as table:
+        return table.execute(select).fetchall()
+
+
+def history(tracker: Tracker, name: str = "1h") -> dict[str, list[list[float]]]:
+    return requests.get(f"{tracker.http}/history?range={name}", timeout=5).json()
+
+
+def warnings(tracker: Tracker) -> list[str]:
+    return [line for line in tracker.log if "WARNING" in line]
+
+
+def stops_in_time(tracker: Tracker) -> bool:
+    began = time.monotonic()
+    return tracker.stop() == 0 and time.monotonic() - began < 2
+
+
+# Ends and starts
+
+
+def test_a_program_that_is_killed_loses_at_most_the_poll_under_way(file: Path, track: Callable[..., Tracker]) -> None:
+    began = time.time()
+    for _ in range(20):
+        tracker = track()
+        client = Honest(tracker)
+        client.wait_for_polls(3)
+        tracker.process.kill()
+        client.join(5)
+        assert rows(file, "PRAGMA integrity_check") == [("ok",)]
+        assert rows(file, LAST)[0][0] in client.prices[-2:]
+        assert warnings(tracker) == []
+    tracker = track()
+    points = history(tracker, "1h")["BTC"]
+    assert points[0][0] < began + 15
+    assert len(points) >= (time.time() - began) // 10
+    ranges = requests.get(f"{tracker.http}/healthz", timeout=5).json()["ranges"]
+    assert [shown["name"] for shown in ranges] == NAMES
+    assert all(began < shown["since"] < began + 15 for shown in ranges)
+
+
+def test_charts_are_there_before_the_first_poll(file: Path) -> None:
+    now = time.time()
+    past = History(ASSETS, "USD", "coinapi", str(file), lambda: now)
+    past.start()
+    past.add(dict.fromkeys(ASSETS, "1.50"), now - 1)
+    past.stop(5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # CoinAPI, which does not answer
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with Tracker("--history", str(file), COIN_API_KEY="a-key", COIN_API_URL=url) as tracker:
+            health = requests.get(f"{tracker.http}/healthz", timeout=5).json()
+            assert health["status"] == "starting"
+            assert [shown["since"] for shown in health["ranges"]] == [round(now - 1, 3)] * 5
+            for name in NAMES:
+                assert history(tracker, name) == {asset: [[round(now - 1, 3), 1.5]] for asset in ASSETS}
+
+
+def test_two_trackers_with_one_file_both_go_on(file: Path, track: Callable[..., Tracker]) -> None:
+    trackers = [track(), track()]
+    clients = [Honest(tracker) for tracker in trackers]
+    for client in clients:
+        client.wait_for_polls(20)
+    for tracker, client in zip(trackers, clients, strict=True):
+        assert json.dumps(history(tracker)["BTC"][-1][1]) in client.prices[-3:]
+        assert len(warnings(tracker)) <= 1  # they may meet, on a slow disk
+    assert all(stops_in_time(tracker) for tracker in trackers)
+    assert rows(file, "PRAGMA integrity_check") == [("ok",)]
+    assert rows(file, LAST)[0][0] in clients[0].prices[-2:] + clients[1].prices[-2:]
+
+
+def _first_starts(directory: str, together: Barrier, count: int) -> None:
+    for number in range(count):
+        past = History(("BTC",), "USD", "coinapi", f"{directory}/{number}.db")
+        together.wait(10)
+        past.start(5)
+        past.add({"BTC": "1"}, time.time())
+        past.stop(5)
+        if past._thread.is_alive() or past._state != "open":
+            sys.exit(1)
+
+
+def test_two_first_starts_in_the_same_moment(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(2)
+    starters = [spawn.Process(target=_first_starts, args=(str(tmp_path), together, 30)) for _ in range(2)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join(30)
+        assert starter.exitcode == 0
+    for number in range(30):
+        assert rows(tmp_path / f"{number}.db", "PRAGMA integrity_check") == [("ok",)]
+        assert len(rows(tmp_path / f"{number}.db", LAST)) == 1
+
+
+# Files that are refused
+
+
+def obey_permissions() -> None:
+    """In a new process: permissions count for root too."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def refused(file: Path) -> str:
+    """The one line with which the tracker ends."""
+    command = [sys.executable, str(ROOT / "tracker.py"), "--port", "0", "--demo", "--history", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, preexec_fn=obey_permissions)
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_file_that_cannot_be_used_is_wrong_usage(tmp_path: Path, file: Path) -> None:
+    assert refused(tmp_path).endswith(
+        f"history file '{tmp_path}' is a directory: name a file in it, or name another file"
+    )
+    file.write_text("notes of mine\n")
+    assert "is no SQLite database: move it away, or name another file" in refused(file)
+    assert file.read_text() == "notes of mine\n"
+    assert os.listdir(tmp_path) == ["past.db"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions here")
+def test_what_this_user_may_not_write_is_wrong_usage(tmp_path: Path, file: Path) -> None:
+    past = History(ASSETS, "USD", "demo", str(file))
+    past.start()
+    past.stop(5)
+    content = file.read_bytes()
+    try:
+        for path, mode, complaint in (
+            (file, 0o400, "must be readable and writable: change its permissions, or name another file"),
+            (file, 0o200, "must be readable and writable: change its permissions, or name another file"),
+            (tmp_path, 0o500, f"gets files beside it: make '{tmp_path}' writable, or name another file"),
+        ):
+            path.chmod(mode)
+            assert refused(file).endswith(f"history file '{file}' {complaint}")
+            path.chmod(0o700)
+    finally:
+        tmp_path.chmod(0o700)
+    assert file.read_bytes() == content
+    assert os.listdir(tmp_path) == ["past.db"]
+
+
+# Trouble of the disk
+
+
+def test_a_full_disk_costs_the_clients_nothing(file: Path, track: Callable[..., Tracker]) -> None:
+    tracker = track()
+    client = Honest(tracker)
+    client.wait_for_polls(3)
+    _, most = resource.prlimit(tracker.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(tracker.process.pid, resource.RLIMIT_FSIZE, (5000, most))
+    tracker.wait_for_log(BEHIND)
+    client.wait_for_polls(15)  # it is tried again meanwhile
+    assert json.dumps(history(tracker)["BTC"][-1][1]) in client.prices[-3:]
+    resource.prlimit(tracker.process.pid, resource.RLIMIT_FSIZE, (most, most))
+    tracker.wait_for_log(AGAIN)
+    client.wait_for_polls(3)
+    assert len(warnings(tracker)) == 1
+    assert client.longest_wait() < 2
+    assert stops_in_time(tracker)
+    assert rows(file, LAST)[0][0] in client.prices[-2:]
+
+
+def test_a_deleted_file_is_made_anew_and_costs_the_clients_nothing(file: Path, track: Callable[..., Tracker]) -> None:
+    tracker = track()
+    client = Honest(tracker)
+    client.wait_for_polls(3)
+    file.unlink()
+    tracker.wait_for_log(AGAIN)
+    client.wait_for_polls(3)
+    assert len(warnings(tracker)) == 1
+    assert f"{BEHIND}: history file '{file}': No such file or directory" in warnings(tracker)[0]
+    assert client.longest_wait() < 2
+    assert stops_in_time(tracker)
+    assert rows(file, LAST)[0][0] in client.prices[-2:]
+
+
+def test_a_lock_of_another_program_costs_the_clients_nothing(file: Path, track: Callable[..., Tracker]) -> None:
+    tracker = track()
+    client = Honest(tracker)
+    client.wait_for_polls(3)
+    with closing(sqlite3.connect(file, isolation_level=None, timeout=5)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        tracker.wait_for_log(f"{BEHIND}: history file .* database is locked")
+        client.wait_for_polls(30)
+        assert json.dumps(history(tracker)["BTC"][-1][1]) in client.prices[-3:]
+        other.execute("COMMIT")
+    tracker.wait_for_log(AGAIN)
+    assert len(warnings(tracker)) == 1
+    assert client.longest_wait() < 2
+    assert stops_in_time(tracker)
+
+
+HANGING = """
+import pathlib, sqlite3, sys, time
+sys.path.insert(0, {root!r})
+connect, hangs = sqlite3.connect, pathlib.Path({hangs!r})
+
+class Disk(sqlite3.Connection):
+    def executemany(self, *arguments):
+        while "past.db" in str(self.execute("PRAGMA database_list").fetchall()) and hangs.exists():
+            time.sleep(0.01)
+        return super().executemany(*arguments)
+
+def connect_slowly(name, **options):
+    while "past.db" in name and hangs.exists():
+        time.sleep(0.01)
+    return connect(name, factory=Disk, **options)
+
+sqlite3.connect = connect_slowly
+import tracker
+sys.exit(tracker.main())
+"""
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A program that is a tracker whose disk hangs while a file is there: the program and the file."""
+    program, hangs = tmp_path / "hanging.py", tmp_path / "hangs"
+    program.write_text(HANGING.format(root=str(ROOT), hangs=str(hangs)))
+    yield program, hangs
+    hangs.unlink(missing_ok=True)
+
+
+def test_a_disk_that_hangs_costs_the_clients_nothing(
+    file: Path, track: Callable[..., Tracker], hanging: tuple[Path, Path]
+) -> None:
+    program, hangs = hanging
+    tracker = track(program=str(program))
+    client = Honest(tracker)
+    client.wait_for_polls(3)
+    hangs.touch()
+    with socket.create_connection(("127.0.0.1", tracker.port)) as visitor:
+        client.wait_for_polls(2)
+        visitor.sendall(b"GET /history HTTP/1.1\r\nHost: x\r\n\r\n")  # waits with it, and nobody else does
+        client.wait_for_polls(10)
+        assert requests.get(f"{tracker.http}/healthz", timeout=1).json()["status"] == "ok"
+        assert requests.get(f"{tracker.http}/", timeout=1).status_code == 200
+        hangs.unlink()
+        visitor.settimeout(5)
+        assert visitor.recv(100).startswith(b"HTTP/1.1 200 ")
+    client.wait_for_polls(3)
+    hangs.touch()
+    client.wait_for_polls(3)
+    assert client.longest_wait() < 2
+    assert stops_in_time(tracker)
+
+
+def test_a_disk_that_hangs_at_the_start_is_gone_on_without(
+    file: Path, track: Callable[..., Tracker], hanging: tuple[Path, Path]
+) -> None:
+    program, hangs = hanging
+    hangs.touch()
+    tracker = track(program=str(program))
+    client = Honest(tracker)
+    client.wait_for_polls(3)
+    assert f"{BEHIND}: history file '{file}' does not answer" in warnings(tracker)[0]
+    hangs.unlink()
+    tracker.wait_for_log(AGAIN)
+    assert json.dumps(history(tracker)["BTC"][-1][1]) in client.prices[-3:]
+    assert len(warnings(tracker)) == 1
+    assert stops_in_time(tracker)
+    assert rows(file, LAST)[0][0] in client.prices[-2:]
+
+
+# Visitors
+
+
+def test_a_thousand_visitors_that_ask_for_a_year_keep_no_client_waiting(
+    file: Path, track: Callable[..., Tracker]
+) -> None:
+    now = time.time()
+    past = History(ASSETS, "USD", "demo", str(file), lambda: now)
+    past.start()
+    for day in range(366):
+        past.add(dict.fromkeys(ASSETS, "45000.12"), now - day * 86400)
+    past.stop(5)
+    tracker = track()
+    client = Honest(tracker)
+    client.wait_for_polls(10)
+    answers: dict[socket.socket, bytearray] = {}
+    with selectors.DefaultSelector() as selector:
+        for _ in range(1000):
+            visitor = socket.create_connection(("127.0.0.1", tracker.port))
+            visitor.sendall(b"GET /history?range=1y HTTP/1.1\r\nHost: x\r\n\r\n")
+            answers[visitor] = bytearray()
+            selector.register(visitor, selectors.EVENT_READ, visitor)
+        while selector.get_map():
+            ready = selector.select(10)
+            assert ready, f"{len(selector.get_map())} visitors have no answer"
+            for key, _ in ready:
+                visitor = key.data
+                received = visitor.recv(1 << 18)
+                answers[visitor] += received
+                if not received:
+                    selector.unregister(visitor)
+                    visitor.close()
+    client.wait_for_polls(3)
+    whole = [answer for answer in answers.values() if answer.startswith(b"HTTP/1.1 200 ")]
+    assert len(whole) > 500
+    bodies = {bytes(answer.partition(b"\r\n\r\n")[2]) for answer in whole}
+    assert all(len(json.loads(body)["SOL"]) >= 365 for body in bodies)
+    refusals = [answer for answer in answers.values() if answer not in whole]
+    assert all(answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in answer for answer in refusals)
+    assert client.longest_wait() < 2
