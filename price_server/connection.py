@@ -323,4 +323,7 @@ class Connection:
         for piece in self.kept:
             self.server.hold(piece, -1)
         self.kept, self.owed, self.held = (), (), 0
-        self.socket.close()
+        try:
+            self.socket.close()
+        except OSError:
+            pass  # of a connection that failed already

@@ -181,11 +181,14 @@ class Loop:
             self.look()
 
     def look(self) -> None:
-        """Run as many calls as are queued now. Within a publish the next one waits, within another call its like."""
+        """Run as many calls as are queued now. Within a publish the next one waits, within another call its like.
+
+        Publishes go before the rest, and so does a stop.
+        """
         if self._urgent and not self._in_urgent:
             for _ in range(len(self._urgent)):
                 self._run_call(*self._urgent.popleft())
-        if self._calls and not self._in_call:
+        if self._calls and not self._in_call and self._stop_begun == self._stop_asked:
             self._in_call = True
             for _ in range(len(self._calls)):
                 self._run_call(*self._calls.popleft())

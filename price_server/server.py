@@ -10,6 +10,7 @@ import selectors
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,9 @@ class PriceServer(Interface, Figures):
         self.polls['{result="failure"}'] += 1
 
     def _publish(self, new: dict[str, Update], frames: dict[str, bytes], prices: dict[str, str]) -> None:
+        if self._in_urgent:  # from a call that had its turn between two clients
+            self._urgent.append((lambda: self._publish(new, frames, prices), Future()))
+            return
         self._in_urgent = True
         try:
             self.remember(new, frames)

@@ -148,11 +148,11 @@ class RawClient:
         return int.from_bytes(payload[:2], "big") if payload else None
 
     def prices(self, number: int) -> list[tuple[str, float]]:
-        """The next price messages, as (asset_id, price); pings and the like between them are passed over."""
+        """The next price messages, as (asset_id, price); what comes between them is passed over."""
         found: list[tuple[str, float]] = []
         while len(found) < number:
             opcode, payload = self.read()
-            if opcode == TEXT:
+            if opcode == TEXT and payload.startswith(b"{"):
                 update = json.loads(payload)
                 found.append((update["asset_id"], update["price"]))
         return found
