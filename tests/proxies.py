@@ -114,7 +114,8 @@ class HAProxy:
     def __enter__(self) -> "HAProxy":
         with self.log.open("w") as log:
             self.process = subprocess.Popen(["haproxy", "-W", "-f", self.file], stderr=log)
-        wait_for(lambda: listens(self.port) or self.process.poll() is not None, what="HAProxy listens")
+        # It listens before that, and would miss a signal.
+        wait_for(lambda: self.log.read_text().count("Loading success") or self.process.poll() is not None)
         assert self.process.poll() is None, self.log.read_text()
         return self
 
