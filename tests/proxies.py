@@ -114,14 +114,19 @@ class HAProxy:
     def __enter__(self) -> "HAProxy":
         with self.log.open("w") as log:
             self.process = subprocess.Popen(["haproxy", "-W", "-f", self.file], stderr=log)
-        # It listens before that, and would miss a signal.
-        wait_for(lambda: self.log.read_text().count("Loading success") or self.process.poll() is not None)
+        wait_for(lambda: self.process.poll() is not None or self._takes_signals(), what="HAProxy is up")
         assert self.process.poll() is None, self.log.read_text()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait(10)
+
+    def _takes_signals(self) -> bool:
+        """It listens before that, and ignores a reload."""
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text())
+        assert caught
+        return bool(int(caught[1], 16) >> signal.SIGUSR2 - 1 & 1)
 
     def workers(self) -> set[int]:
         """The process numbers of those that serve: one, and during a reload the old one."""

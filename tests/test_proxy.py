@@ -192,7 +192,7 @@ def proxy(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("proxy")
     with Tracker("--demo", "--interval", "0.5", "--allow-origin", "https://elsewhere.example") as tracker:
         changes = ((f"    server {number} 127.0.0.1:{number}\n", "") for number in (3032, 3033))
-        info = ("format raw local0 notice", "format raw local0 info")
+        info = ("format raw local0 err", "format raw local0 info")
         with HAProxy(folder, [tracker.port], certificate, *changes, info) as running:
             yield running
 
