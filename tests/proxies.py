@@ -5,9 +5,7 @@ import re
 import signal
 import socket
 import ssl
-import struct
 import subprocess
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -31,6 +29,13 @@ def put(text: str, *changes: tuple[str, object]) -> str:
 def deployed(name: str, *changes: tuple[str, object]) -> str:
     """The file of deploy/ with each first string replaced; each must be in it."""
     return put((DEPLOY / name).read_text(encoding="utf-8"), *changes)
+
+
+def readme_block(mark: str) -> str:
+    """The one fenced block of deploy/README.md that holds this text."""
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    (block,) = [text for text in re.findall(r"^```sh\n(.*?)^```", readme, re.DOTALL | re.MULTILINE) if mark in text]
+    return str(block)
 
 
 def free_port() -> int:
@@ -83,62 +88,22 @@ def make_certificate(folder: Path, *names: str) -> Certificate:
     return Certificate(chain, key, ssl.create_default_context(cafile=str(chain)))
 
 
-class Nameserver:
-    """`with Nameserver("rest.coinapi.io") as dns:` tells 127.0.0.1 for this name, and of others that there is none.
-
-    asked: the names, in order. silent: it answers nothing from now on.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-        self.asked: list[str] = []
-        self.silent = False
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.bind(("127.0.0.1", 0))
-        self.port = self.sock.getsockname()[1]
-        self._thread = threading.Thread(target=self._answer)
-
-    def __enter__(self) -> "Nameserver":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.sendto(b"", ("127.0.0.1", self.port))
-        self._thread.join()
-        self.sock.close()
-
-    def _answer(self) -> None:
-        while True:
-            query, client = self.sock.recvfrom(512)
-            if not query:
-                return
-            labels, at = [], 12
-            while query[at]:
-                labels.append(query[at + 1 : at + 1 + query[at]].decode())
-                at += 1 + query[at]
-            self.asked.append(".".join(labels))
-            question = query[12 : at + 5]
-            known = self.asked[-1] == self.name
-            address = known and question[-3] == 1  # an A record; of AAAA there is none
-            head = struct.pack(">2s5H", query[:2], 0x8180 if known else 0x8183, 1, int(address), 0, 0)
-            record = bytes.fromhex("c00c000100010000003c00047f000001") if address else b""
-            if not self.silent:
-                self.sock.sendto(head + question + record, client)
-
-
 class HAProxy:
     """`with HAProxy(folder, trackers, certificate) as proxy:` runs deploy/haproxy.cfg until the block ends.
 
-    trackers: the ports of three. changes: what else to replace in the file, as for `put`.
+    trackers: the ports of three, or ADDRESS:PORT. changes: what else to replace in the file, as for `put`.
     """
 
-    def __init__(self, folder: Path, trackers: Sequence[int], certificate: Certificate, *changes: tuple[str, object]):
+    def __init__(
+        self, folder: Path, trackers: Sequence[int | str], certificate: Certificate, *changes: tuple[str, object]
+    ):
         outside("haproxy")
         self.folder = folder
         self.port, self.http_port = free_port(), free_port()
         self.pem = folder / "price-tracker.pem"
         self.pem.write_bytes(certificate.chain.read_bytes() + certificate.key.read_bytes())
-        ports = [(f"127.0.0.1:{3031 + number}", f"127.0.0.1:{port}") for number, port in enumerate(trackers)]
+        places = [at if isinstance(at, str) else f"127.0.0.1:{at}" for at in trackers]
+        servers = [(f"127.0.0.1:{3031 + number}", at) for number, at in enumerate(places)]
         text = deployed(
             "haproxy.cfg",
             ("/etc/haproxy/price-tracker.pem", self.pem),
@@ -147,7 +112,7 @@ class HAProxy:
             ("bind [::]:80 ", f"bind [::]:{self.http_port} "),
             ("bind :443 ", f"bind :{self.port} "),
             ("bind [::]:443 ", f"bind [::]:{self.port} "),
-            *ports,
+            *servers,
             *changes,
         )
         if os.geteuid() != 0:

@@ -12,14 +12,11 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from proxies import DEPLOY, Certificate, HAProxy, Nameserver, Nginx, deployed, free_port, get, make_certificate, put
+from caching import Nameserver, every_second, local_settings, soon_stale, start_cache
+from proxies import Certificate, HAProxy, Nginx, deployed, free_port, get, make_certificate, put, readme_block
 from running import Tracker, outside, wait_for
 from stand_in import KEY, StandIn, rates_body
 from websockets.sync.client import connect
-
-# The five seconds of the file, and what takes its place in most tests here.
-FIVE_SECONDS = r'(    "~\^\(\?<start>\.\{18\}\).*\n)+'
-ONE_SECOND = r"# For 1 s: (.*?;)"
 
 
 @pytest.fixture(scope="module")
@@ -33,65 +30,23 @@ def nameserver() -> Iterator[Nameserver]:
         yield running
 
 
-def readme_block(mark: str) -> str:
-    """The one fenced block of deploy/README.md that holds this text."""
-    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
-    (block,) = [text for text in re.findall(r"^```sh\n(.*?)^```", readme, re.DOTALL | re.MULTILINE) if mark in text]
-    return str(block)
-
-
-def local_settings(folder: Path, resolv_conf: str, key: str = KEY) -> Path:
-    """What the README's commands make of this /etc/resolv.conf and this key."""
-    (folder / "resolv.conf").write_text(resolv_conf)
-    file = folder / "price-tracker.local"
-    (commands,) = re.findall(r"^(install -m 600 .*?)^nginx -t", readme_block("nginx-cache.conf"), re.DOTALL | re.M)
-    changes = (("/etc/resolv.conf", folder / "resolv.conf"), ("/etc/nginx/price-tracker.local", file))
-    subprocess.run(["sh", "-euc", put(commands, *changes, ("your-key", key))], check=True)
-    return file
-
-
-def start_cache(
-    folder: Path, coin_api: StandIn, certificate: Certificate, nameserver: Nameserver, *changes: tuple[str, object]
-) -> Nginx:
-    """The cache; behind it rest.coinapi.io, which is the stand-in with TLS."""
-    port, tls_port = free_port(), free_port()
-    local = local_settings(folder, "nameserver 127.0.0.1\n")
-    local.write_text(put(local.read_text(), ("127.0.0.1", f"127.0.0.1:{nameserver.port} ipv6=off")))
-    cache = deployed(
-        "nginx-cache.conf",
-        ("127.0.0.1:3040", f"127.0.0.1:{port}"),
-        ("/var/cache/nginx-coinapi", folder / "cache"),
-        ("/etc/nginx/price-tracker.local", local),
-        ("set $coinapi rest.coinapi.io;", f"set $coinapi rest.coinapi.io:{tls_port};"),
-        *changes,
-    )
-    stand_in_with_tls = (
-        f"server {{ listen 127.0.0.1:{tls_port} ssl; server_name rest.coinapi.io;"
-        f" ssl_certificate {certificate.chain}; ssl_certificate_key {certificate.key};"
-        f" location / {{ proxy_pass {coin_api.url}; proxy_set_header Host $http_host; }} }}"
-    )
-    # The five seconds of the file under another name, to be looked at.
-    intervals = re.search(r"^map .*?^\}\n", deployed("nginx-cache.conf"), re.DOTALL | re.MULTILINE)
-    assert intervals
-    show = f'server {{ listen 127.0.0.1:{port}; server_name show; return 200 "$time_iso8601 $five_seconds"; }}'
-    return Nginx(
-        folder, port, cache, stand_in_with_tls, put(intervals[0], ("$coinapi_interval", "$five_seconds")), show
-    )
-
-
 @pytest.fixture
 def cache(coin_api: StandIn, certificate: Certificate, nameserver: Nameserver, tmp_path: Path) -> Iterator[Nginx]:
-    """With intervals of 1 s."""
-    five_seconds = re.search(FIVE_SECONDS, deployed("nginx-cache.conf"))
-    one_second = re.search(ONE_SECOND, deployed("nginx-cache.conf"))
-    assert five_seconds
-    assert one_second
-    changes = (
-        (five_seconds[0], f"    {one_second[1]}\n"),
-        ("/etc/ssl/certs/ca-certificates.crt", certificate.chain),
-    )
-    with start_cache(tmp_path, coin_api, certificate, nameserver, *changes) as nginx:
+    """With intervals of 1 s, and under the name `show` those of the file, to be looked at."""
+    port = free_port()
+    (intervals,) = re.findall(r"^map .*?^\}\n", deployed("nginx-cache.conf"), re.DOTALL | re.MULTILINE)
+    show = f'server {{ listen 127.0.0.1:{port}; server_name show; return 200 "$time_iso8601 $five_seconds"; }}'
+    more = (put(intervals, ("$coinapi_interval", "$five_seconds")), show)
+    changes = (*every_second(), ("/etc/ssl/certs/ca-certificates.crt", certificate.chain))
+    with start_cache(tmp_path, port, coin_api, certificate, nameserver, changes, more) as nginx:
         yield nginx
+
+
+def start_trackers(stack: ExitStack, cache: Nginx) -> list[Tracker]:
+    """Three as the README has them."""
+    lines = re.sub(r":3040$", f":{cache.port}", readme_block("COIN_API_URL=http:"), flags=re.MULTILINE)
+    environment = dict(line.split("=", 1) for line in lines.splitlines())
+    return [stack.enter_context(soon_stale(cache.folder, **environment)) for _ in range(3)]
 
 
 def health(tracker: Tracker) -> tuple[int, dict[str, object]]:
@@ -104,16 +59,6 @@ def polls(tracker: Tracker) -> int:
     found = re.search(r'polls_total{result="success"} (\d+)', get(f"{tracker.http}/metrics")[1].decode())
     assert found
     return int(found[1])
-
-
-def start_trackers(stack: ExitStack, cache: Nginx) -> list[Tracker]:
-    """Three as the README has them, but stale after 3 s, not after 60."""
-    lines = re.sub(r":3040$", f":{cache.port}", readme_block("COIN_API_URL=http:"), flags=re.MULTILINE)
-    environment = dict(line.split("=", 1) for line in lines.splitlines())
-    program = cache.folder / "soon_stale.py"
-    program.write_text("import sys\nimport tracker\ntracker.PriceServer.stale_floor = 3.0\nsys.exit(tracker.main())\n")
-    environment["PYTHONPATH"] = str(DEPLOY.parent)
-    return [stack.enter_context(Tracker("--interval", "1", program=str(program), **environment)) for _ in range(3)]
 
 
 def test_three_trackers_cost_one_request_per_interval(coin_api: StandIn, cache: Nginx) -> None:
@@ -195,7 +140,7 @@ def test_cache_does_not_give_the_key_to_a_host_without_the_right_certificate(
 ) -> None:
     if not Path("/etc/ssl/certs/ca-certificates.crt").exists():
         pytest.skip("this machine keeps its certificates elsewhere")
-    with start_cache(tmp_path, coin_api, certificate, nameserver) as nginx:
+    with start_cache(tmp_path, free_port(), coin_api, certificate, nameserver) as nginx:
         assert get(f"http://127.0.0.1:{nginx.port}/v1/exchangerate/USD?filter_asset_id=BTC&invert=true")[0] == 502
         assert "certificate verify error" in nginx.errors()
     assert coin_api.requests == []
@@ -231,6 +176,7 @@ def test_nameservers_and_key_of_the_machine_are_found_and_only_root_reads_them(t
         tmp_path,
         "# Made by something.\nsearch example.org\nnameserver 192.0.2.1\nnameserver 2001:db8::1\n"
         "nameserver fe80::1%eth0\noptions edns0 trust-ad\n",
+        KEY,
     )
     assert file.read_text() == f'resolver 192.0.2.1 [2001:db8::1] valid=60s;\nset $coin_api_key "{KEY}";\n'
     assert file.stat().st_mode & 0o777 == 0o600
