@@ -144,7 +144,10 @@ def test_machine_that_is_cut_off_loses_its_clients_to_the_others_and_serves_agai
         assert status("three", 2) == "ok"
         came = crowd.newcomers
         wait_for(lambda: crowd.newcomers > came + 20, what="new clients")
-        assert (crowd.refused, crowd.unserved) == ([], [])
+        assert crowd.refused == []
+        # Whoever was being connected to it when HAProxy gave it up was hung up on, and nobody later.
+        assert all(when < cut + 5 for when, _ in crowd.unserved), crowd.unserved
+        crowd.unserved.clear()
 
         machines.cable("two", "up")
         wait_for(lambda: status("two", 1) == "ok", 25, "prices are current again")
