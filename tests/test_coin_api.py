@@ -283,7 +283,7 @@ def endless(handler: BaseHTTPRequestHandler) -> None:
 
 
 def bomb(handler: BaseHTTPRequestHandler) -> None:
-    body = gzip.compress(b" " * (200 << 20), compresslevel=9)
+    body = gzip.compress(b" " * (32 << 20), compresslevel=1)
     handler.wfile.write(
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     )
