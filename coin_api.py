@@ -6,6 +6,7 @@ prices up; both have `fetch_prices(asset_ids)`, and whatever else has it can tak
 
 import io
 import json
+import logging
 import math
 import random
 import re
@@ -30,6 +31,9 @@ CONNECT_TIMEOUT = 3.0  # seconds
 ANSWER_TIMEOUT = 10.0  # seconds for status line, headers and body together
 MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
 MAX_RETRY_AFTER = 900.0  # seconds
+
+# It warns of bad headers by showing them, with the key if a server sends it back.
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,8 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
         return _fail(1, f"cannot listen on {options.host} port {options.port}: {reason}; choose with --host, --port")
     except ValueError as error:
         return _fail(2, str(error))
+    except RuntimeError as error:  # no thread to be had
+        return _fail(1, f"cannot start: {error}")
     server.service_actions = systemd.feed_watchdog  # type: ignore[method-assign]
     ready = partial(events.put, READY)
     poller = Poller(source, server, options.interval, options.pause_when_idle, ready=ready)
@@ -249,7 +251,7 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
             systemd.tell("READY=1")
         while event != STOP and server.state != "ended":
             event = _next(events, 1.0)
-    except RuntimeError as error:  # no thread to be had
+    except RuntimeError as error:
         return _fail(1, f"cannot start: {error}")
     finally:
         systemd.tell("STOPPING=1")

@@ -1034,9 +1034,7 @@ def test_a_callback_that_raises_reaches_no_client(server: PriceServer, errors: l
         assert client.ping().wait(5)
     gone(server)
     assert calls == ["came 1", "message 1", "message 1", "left 1"]
-    assert errors == [
-        f"the callback {name} failed" for name in ("new_client", "message_received", "client_left")
-    ]
+    assert errors == [f"the callback {name} failed" for name in ("new_client", "message_received", "client_left")]
     errors.clear()
 
 
@@ -1167,7 +1165,6 @@ def test_a_shutdown_ends_clients_port_and_threads(
     assert sorted(left) == [1, 2]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", server.port))
-    
 
 
 def test_a_shutdown_from_a_callback_stops_the_server(server: PriceServer) -> None:
