@@ -9,6 +9,7 @@ import queue
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +82,8 @@ class Log(logging.Handler):
 
 def start_log(level: str = "info") -> Log:
     """Log to stderr from now on, by a thread; RuntimeError when there is none to be had."""
+    if sys.stderr is None:  # closed, so the next socket or file would get its number, and the log's lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     log = Log()
     # websocket-server called basicConfig when it was imported: without force this would do nothing.
     logging.basicConfig(level=level.upper(), handlers=[log], force=True)
