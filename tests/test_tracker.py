@@ -393,6 +393,7 @@ class Done:
 def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
     """Calls main in this process; keywords are its environment."""
     handlers = {number: signal.getsignal(number) for number in service.SIGNALS}
+    monkeypatch.setattr(service, "FLUSH_TIMEOUT", 10.0)  # whatever else this machine does
     for name in ("COIN_API_KEY", "COIN_API_URL", "NOTIFY_SOCKET", "JOURNAL_STREAM"):
         monkeypatch.delenv(name, raising=False)
 
