@@ -80,6 +80,8 @@ class CoinApi:
     Source: GET /v1/exchangerate/{quote} of https://docs.coinapi.io.
     """
 
+    name = "coinapi"  # told at /healthz; in a history file, prices of two names never mix
+
     def __init__(self, key: str, quote: str = "USD", url: str = DEFAULT_URL):
         # Checked here because requests would show a bad header's value in its error.
         if not re.fullmatch(r"[!-~]+", key):
@@ -185,6 +187,8 @@ class CoinApi:
 
 class DemoApi:
     """Simulated prices, for trying the server out without a key: a random walk for each asset."""
+
+    name = "demo"
 
     def __init__(self) -> None:
         self.credits_used: int | None = None

@@ -58,7 +58,7 @@ logger = logging.getLogger("tracker")
 
 
 class PriceSource(Protocol):
-    """What the poller asks for prices: CoinApi, DemoApi, or your own."""
+    """What the poller asks for prices: CoinApi, DemoApi, or your own. It may have a `name`, as they do."""
 
     def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]: ...
 
@@ -185,8 +185,8 @@ class Poller:
         return waited
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program until a signal; the exit status, as --help says."""
+def main(argv: Sequence[str] | None = None, source: PriceSource | None = None) -> int:
+    """Run the program until a signal; the exit status, as --help says. source: one of your own, in place of CoinAPI."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     try:
         with service.signals_held():
@@ -197,9 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_arguments(argv)
         logging.getLogger().setLevel(options.log_level.upper())
-        source: PriceSource
         try:
-            source = DemoApi() if options.demo else _coin_api(options.quote)
+            source = DemoApi() if options.demo else source or _coin_api(options.quote)
         except ValueError as error:
             return _fail(2, str(error))
         return poll_once(source, options.assets) if options.once else serve(source, options)
@@ -219,7 +218,7 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
                 options.host,
                 options.port,
                 quote=options.quote,
-                source="demo" if options.demo else "coinapi",
+                source=getattr(source, "name", type(source).__name__),
                 interval=options.interval,
                 max_clients=service.fit_clients(options.max_clients),
                 allow_origins=options.allow_origin,

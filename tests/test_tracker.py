@@ -397,12 +397,12 @@ def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     for name in ("COIN_API_KEY", "COIN_API_URL", "NOTIFY_SOCKET", "JOURNAL_STREAM"):
         monkeypatch.delenv(name, raising=False)
 
-    def run_it(*arguments: str, **environment: str) -> Done:
+    def run_it(*arguments: str, source: Any = None, **environment: str) -> Done:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         capfd.readouterr()
         try:
-            status = main(arguments)
+            status = main(arguments, source)
         except SystemExit as stop:
             status = int(stop.code or 0)
         return Done(status, *capfd.readouterr())
@@ -561,6 +561,19 @@ def test_without_flags_the_server_gets_the_defaults(
     assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
 
 
+def test_a_source_of_ones_own_is_asked_and_named_in_place_of_coinapi(
+    run_main: Callable[..., Done], made: list[FakePriceServer]
+) -> None:
+    class Own:
+        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
+            return GOOD
+
+    assert "tracking BTC" in run_main("--assets", "BTC", source=Own()).log[1]
+    assert made[0].options["source"] == "Own"
+    run_main("--demo", source=Own())
+    assert made[1].options["source"] == "demo"
+
+
 @pytest.mark.parametrize("pause", [True, False])
 def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
     run_main: Callable[..., Done], made: list[FakePriceServer], monkeypatch: pytest.MonkeyPatch, pause: bool
@@ -568,6 +581,8 @@ def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
     asked: list[object] = []
 
     class FakeApi:
+        name = "coinapi"
+
         def __init__(self, *arguments: object):
             asked.extend(arguments)
 
