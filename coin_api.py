@@ -6,6 +6,7 @@ prices up; both have `fetch_prices(asset_ids)`, and whatever else has it can tak
 
 import io
 import json
+import logging
 import math
 import random
 import re
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.client import HTTPResponse
 from ipaddress import ip_address
 from typing import Any
@@ -22,6 +24,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ConnectTimeoutError
 
 DEFAULT_URL = "https://rest.coinapi.io"
 CONNECT_TIMEOUT = 3.0  # seconds
@@ -29,6 +32,9 @@ ANSWER_TIMEOUT = 10.0  # seconds for status line, headers and body together
 MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
 MAX_RETRY_AFTER = 900.0  # seconds
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for each price
+
+# It warns of bad headers by showing them, with the key if a server sends it back.
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class CoinApi:
     Source: GET /v1/exchangerate/{quote} of https://docs.coinapi.io.
     """
 
+    name = "coinapi"  # told at /healthz; in a history file, prices of two names never mix
+
     def __init__(self, key: str, quote: str = "USD", url: str = DEFAULT_URL):
         # Checked here because requests would show a bad header's value in its error.
         if not re.fullmatch(r"[!-~]+", key):
@@ -102,7 +110,8 @@ class CoinApi:
     def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]:
         """The current price of each asset, in the order asked for.
 
-        Blocks for up to 10 s behind the connection, and 3 s before it for each of the host's addresses.
+        Blocks for up to 10 s behind the connection, and 3 s before it for each of the host's addresses, as long
+        again for TLS, and for a proxy.
 
         An asset that CoinAPI leaves out, or gives no sound rate for, is not in the list.
         Raises CoinApiError, and nothing else, when there is no usable answer.
@@ -115,8 +124,10 @@ class CoinApi:
             ) as response:
                 self._read_credits(response)
                 body = _read_body(response)
-        except requests.RequestException as error:
-            raise CoinApiError(f"no answer from CoinAPI: {self._clean(_cause(error))}") from error
+        except CoinApiError:
+            raise
+        except Exception as error:  # requests lets some of urllib3's and OSError through
+            raise CoinApiError(f"no answer from CoinAPI: {self._clean(_cause(error))}") from None
         if response.status_code != 200:
             raise self._error_of(response, body)
         return self._parse(body, asset_ids)
@@ -169,13 +180,16 @@ class CoinApi:
     def _clean(self, text: object) -> str:
         """What came from outside, fit for a log: one short line, printable, and never the key."""
         line = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-        line = line.replace(self._key, "[key]")  # before the cut, which could leave a part of it
-        line = " ".join("".join(char if char.isprintable() else " " for char in line[:1000]).split())
-        return line if len(line) <= 200 else line[:200] + "…"
+        # Before the cut, which could leave a part of it; a key is the same in capitals.
+        line = re.sub(re.escape(self._key), "[key]", line, flags=re.IGNORECASE)
+        line = re.sub(r"//[^/@\s]*@", "//", line)  # a proxy's password
+        return one_line(line)
 
 
 class DemoApi:
     """Simulated prices, for trying the server out without a key: a random walk for each asset."""
+
+    name = "demo"
 
     def __init__(self) -> None:
         self.credits_used: int | None = None
@@ -195,10 +209,10 @@ class DemoApi:
 class _DeadlineReader(io.RawIOBase):
     """A socket's bytes until a deadline for all of them: a plain timeout starts anew with each byte."""
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase):
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, seconds: float):
         self._sock = sock
         self._raw = raw
-        self._deadline = time.monotonic() + ANSWER_TIMEOUT
+        self._deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
         return True
@@ -216,23 +230,32 @@ class _DeadlineReader(io.RawIOBase):
 
 
 class _DeadlineResponse(HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
+    def __init__(self, sock: socket.socket, *args: Any, seconds: float | None = None, **kwargs: Any):
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach()))
+        seconds = ANSWER_TIMEOUT if seconds is None else seconds
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach(), seconds))
+
+
+class _Deadline:
+    """Goes before a connection class of urllib3's, whose timeouts start anew with each byte."""
+
+    def connect(self) -> None:
+        self.response_class: Any = partial(_DeadlineResponse, seconds=CONNECT_TIMEOUT)  # what a proxy answers
+        try:
+            super().connect()  # type: ignore[misc]
+        except TimeoutError as error:  # of the proxy, or of TLS
+            raise ConnectTimeoutError(f"no connection within {CONNECT_TIMEOUT:g} s") from error
+        self.response_class = _DeadlineResponse
 
 
 class _DeadlineAdapter(HTTPAdapter):
-    """Gives each connection, over a proxy or not, a response class that keeps the deadline."""
+    """Gives each connection, over a proxy or not, the deadlines."""
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         if not issubclass(pool.ConnectionCls, _Deadline):
             pool.ConnectionCls = type("DeadlineConnection", (_Deadline, pool.ConnectionCls), {})
         return pool
-
-
-class _Deadline:
-    response_class = _DeadlineResponse
 
 
 def _read_body(response: requests.Response) -> bytes:
@@ -242,6 +265,12 @@ def _read_body(response: requests.Response) -> bytes:
         if len(body) > MAX_ANSWER:
             raise CoinApiError(f"CoinAPI's answer is larger than {MAX_ANSWER} bytes")
     return bytes(body)
+
+
+def one_line(text: object) -> str:
+    """Fit for a log: one short line, and printable."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)[:1000]).split())
+    return line if len(line) <= 200 else line[:200] + "…"
 
 
 def _split_url(url: str) -> SplitResult | None:
@@ -262,7 +291,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _cause(error: requests.RequestException) -> str:
+def _cause(error: Exception) -> str:
     """The innermost reason of requests' nested errors: theirs hold addresses that change each time."""
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection within {CONNECT_TIMEOUT:g} s"

@@ -38,15 +38,16 @@ def outside(*programs: str) -> None:
 class Tracker:
     """`with Tracker("--demo") as tracker:` runs `python tracker.py --port 0 --demo` until the block ends.
 
-    program: what runs in its place. environment: set on top of one without COIN_API_KEY and COIN_API_URL.
+    program: what runs in its place. before: what stands before the command, like nohup.
+    environment: set on top of one without COIN_API_KEY and COIN_API_URL.
     """
 
-    def __init__(self, *arguments: str, program: str = "tracker.py", **environment: str):
+    def __init__(self, *arguments: str, program: str = "tracker.py", before: tuple[str, ...] = (), **environment: str):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("COIN_API_")}
         if "--port" not in arguments:
             arguments = ("--port", "0", *arguments)
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / program), *arguments],
+            [*before, sys.executable, str(ROOT / program), *arguments],
             env=inherited | environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

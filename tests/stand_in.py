@@ -1,6 +1,7 @@
 """A stand-in for CoinAPI over real HTTP, on loopback: recorded bodies and headers, and whatever a test wants."""
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -59,11 +60,12 @@ class Request(NamedTuple):
 class StandIn:
     """`with StandIn() as coin_api:` serves at `coin_api.url` until the block ends.
 
+    tls: a server's context; with it the address is https.
     answer: called with the request's handler for each request; the default sends `rates`.
     requests: what was asked, in order.
     """
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, tls: ssl.SSLContext | None = None):
         self.rates: dict[str, Any] = dict(RATES)
         self.requests: list[Request] = []
         self.answer: Callable[[BaseHTTPRequestHandler], None] = self.send_rates
@@ -92,7 +94,9 @@ class StandIn:
                 pass  # clients that hang up in the middle are what the tests are about
 
         self.server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        if tls:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.server.server_address[1]}"
 
     def send(self, handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **headers: str) -> None:
         handler.send_response(status)

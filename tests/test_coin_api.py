@@ -6,15 +6,20 @@ import logging
 import math
 import re
 import socket
+import ssl
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
 
 import psutil
 import pytest
 import requests
 import responses
+import trustme
 from stand_in import HEADERS, KEY, OUT_OF_CREDITS, RATES, StandIn, rates_body
 
 import coin_api as module
@@ -231,11 +236,11 @@ def test_credits_stay_known_when_an_answer_does_not_say(http: responses.Requests
 
 
 def drip(handler: BaseHTTPRequestHandler, data: bytes) -> None:
-    """A byte every 50 ms, so each single read is quick, for up to 5 s."""
+    """A byte every 20 ms, so each single read is quick, for up to 2 s."""
     for byte in data[:100]:
         handler.wfile.write(bytes([byte]))
         handler.wfile.flush()
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def drip_body(handler: BaseHTTPRequestHandler) -> None:
@@ -261,18 +266,22 @@ def say_nothing(handler: BaseHTTPRequestHandler) -> None:
 def test_the_deadline_holds_for_the_whole_answer(
     coin_api: StandIn, monkeypatch: pytest.MonkeyPatch, answer: Callable[[BaseHTTPRequestHandler], None]
 ) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.3)
     coin_api.answer = answer
     started = time.monotonic()
-    assert str(error_of(CoinApi(KEY, url=coin_api.url))) == "no answer from CoinAPI: not whole within 0.5 s"
-    assert time.monotonic() - started < 1.5
+    assert str(error_of(CoinApi(KEY, url=coin_api.url))) == "no answer from CoinAPI: not whole within 0.3 s"
+    assert time.monotonic() - started < 1.2
+
+
+def test_the_limits_are_3_s_to_connect_10_s_to_answer_and_1_mib() -> None:
+    assert (module.CONNECT_TIMEOUT, module.ANSWER_TIMEOUT, module.MAX_ANSWER) == (3.0, 10.0, 1 << 20)
 
 
 def test_the_next_request_has_a_deadline_of_its_own(coin_api: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.3)
     api = CoinApi(KEY, url=coin_api.url)
     started = time.monotonic()
-    while time.monotonic() - started < 0.8:  # on one connection, kept alive
+    while time.monotonic() - started < 0.5:  # on one connection, kept alive
         assert len(api.fetch_prices(("BTC", "ETH"))) == 2
 
 
@@ -283,7 +292,7 @@ def endless(handler: BaseHTTPRequestHandler) -> None:
 
 
 def bomb(handler: BaseHTTPRequestHandler) -> None:
-    body = gzip.compress(b" " * (200 << 20), compresslevel=9)
+    body = gzip.compress(b" " * (32 << 20), compresslevel=1)
     handler.wfile.write(
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     )
@@ -353,6 +362,78 @@ def test_the_key_shows_in_no_error_repr_traceback_or_log(coin_api: StandIn, capl
     assert "[key]" in shown[2]
 
 
+# Where the key, or what a terminal would obey, could come from: all that a server or a proxy says.
+RUDE = f"\x1b[31m{KEY}\x07\x00"
+
+
+def rude_status_line(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 abc {RUDE}\r\n\r\n".encode())
+    handler.close_connection = True
+
+
+def rude_first_line(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"{RUDE}\r\n\r\n".encode())
+    handler.close_connection = True
+
+
+def rude_headers(handler: BaseHTTPRequestHandler) -> None:
+    lines = f"Retry-After: {RUDE}\r\nLocation: //{RUDE}\r\nX-RateLimit-Remaining: {RUDE}\r\n{RUDE}\r\n"
+    handler.wfile.write(f"HTTP/1.1 302 {RUDE}\r\n{lines}Content-Length: 0\r\n\r\n".encode())
+    handler.close_connection = True
+
+
+def rude_length(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 500 x\r\nContent-Length: {RUDE}\r\n\r\n{RUDE}".encode())
+    handler.close_connection = True
+
+
+def rude_encoding(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 500 x\r\nTransfer-Encoding: chunked\r\n\r\n{RUDE}\r\n".encode())
+    handler.close_connection = True
+
+
+def endless_header(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 70_000 + b"\r\n\r\n")
+
+
+def too_many_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + f"{RUDE}: x\r\n".encode() * 200 + b"\r\n")
+
+
+def rude_body(handler: BaseHTTPRequestHandler) -> None:
+    body = f'"{RUDE.lower()}'.encode() + b"x" * 500
+    handler.wfile.write(b"HTTP/1.1 500 x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(rude_status_line, rude_first_line, rude_headers, rude_length, rude_encoding, endless_header),
+        *(too_many_headers, rude_body),
+    ],
+)
+def test_no_error_shows_the_key_or_control_characters_wherever_they_come_from(
+    coin_api: StandIn, answer: Callable[[BaseHTTPRequestHandler], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    coin_api.answer = answer
+    error = error_of(CoinApi(KEY, url=coin_api.url))
+    assert str(error).startswith(("no answer from CoinAPI: ", "CoinAPI answered "))
+    assert str(error).isprintable()
+    assert len(str(error)) < 300
+    shown = "".join(traceback.format_exception(error)) + caplog.text
+    assert KEY.lower() not in shown.lower()
+
+
+def test_a_body_of_1_mib_makes_a_short_line_quickly(coin_api: StandIn) -> None:
+    coin_api.say(b"\x1b" * 500_000 + KEY.encode() * 19_000, status=500)
+    api = CoinApi(KEY, url=coin_api.url)
+    started = time.thread_time()
+    error = error_of(api)
+    assert time.thread_time() - started < 0.3
+    assert len(str(error)) < 300
+    assert str(error).isprintable()
+
+
 def test_a_cut_does_not_leave_a_part_of_the_key(coin_api: StandIn) -> None:
     coin_api.say(b"x" * 190 + KEY.encode(), status=500)
     assert KEY[:8] not in str(error_of(CoinApi(KEY, url=coin_api.url)))
@@ -397,6 +478,200 @@ def test_a_proxy_of_the_environment_does_not_get_the_key_of_a_loopback_address(
         assert proxy.requests == []
 
 
+# Over TLS, with certificates made for the tests
+
+
+class Authority(NamedTuple):
+    ca: trustme.CA
+    bundle: str  # its certificate's file, for REQUESTS_CA_BUNDLE
+
+    def context(self, name: str = "127.0.0.1") -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.ca.issue_cert(name).configure_cert(context)
+        return context
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    ca, bundle = trustme.CA(), tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(str(bundle))
+    return Authority(ca, str(bundle))
+
+
+@pytest.fixture
+def over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in over TLS whose certificate the environment's bundle makes good."""
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority.bundle)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.5)
+    with StandIn(tls=authority.context()) as stand_in:
+        yield stand_in
+
+
+class Proxy:
+    """`with Proxy() as proxy:` a proxy for HTTPS; `asked` has what it was told.
+
+    says: the answer instead of a tunnel. drips: a byte every 20 ms behind it.
+    """
+
+    def __init__(self, says: bytes | None = None, drips: bool = False):
+        self.says, self.drips = says, drips
+        self.asked: list[bytes] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://user:secret@127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self) -> "Proxy":
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def accept(self) -> None:
+        try:
+            while True:
+                threading.Thread(target=self.serve, args=self.listener.accept()[:1], daemon=True).start()
+        except OSError:
+            pass  # closed
+
+    def serve(self, client: socket.socket) -> None:
+        with client:
+            head = client.recv(4096)
+            self.asked.append(head)
+            if self.says is not None:
+                client.sendall(self.says)
+                try:
+                    while self.drips:
+                        client.sendall(b" ")
+                        time.sleep(0.02)
+                except OSError:
+                    pass  # it gave up
+                return
+            host, _, port = head.split()[1].decode().partition(":")
+            with socket.create_connection((host, int(port))) as server:
+                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=pump, args=(server, client), daemon=True)
+                back.start()
+                pump(client, server)
+                back.join()
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(4096):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def test_a_certificate_that_the_environments_bundle_makes_good_is_good(over_tls: StandIn) -> None:
+    assert CoinApi(KEY, url=over_tls.url).fetch_prices(("BTC",))[0].price == RATES["BTC"]
+    assert over_tls.requests[0].headers["X-CoinAPI-Key"] == KEY
+
+
+@pytest.mark.parametrize(
+    ("name", "issuer", "said"),
+    [
+        ("example.org", "known", "certificate is not valid for '127.0.0.1'"),
+        ("127.0.0.1", "unknown", "certificate verify failed: unable to get local issuer certificate"),
+    ],
+)
+def test_a_wrong_certificate_gets_no_key_and_is_named(
+    over_tls: StandIn, authority: Authority, name: str, issuer: str, said: str
+) -> None:
+    other = authority if issuer == "known" else Authority(trustme.CA(), "")
+    with StandIn(tls=other.context(name)) as stand_in:
+        error = error_of(CoinApi(KEY, url=stand_in.url))
+        assert str(error).startswith("no answer from CoinAPI: [SSL: CERTIFICATE_VERIFY_FAILED]")
+        assert said in str(error)
+        assert stand_in.requests == []
+
+
+def test_a_bundle_that_is_not_there_is_a_failed_poll(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nonexistent.pem")
+    assert "invalid path: /nonexistent.pem" in str(error_of(CoinApi(KEY, url=over_tls.url)))
+
+
+@pytest.mark.parametrize("answer", [drip_body, drip_chunks, drip_headers, say_nothing])
+@pytest.mark.parametrize("proxied", [False, True])
+def test_the_deadline_holds_over_tls_and_through_a_proxy(
+    over_tls: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    proxied: bool,
+    answer: Callable[[BaseHTTPRequestHandler], None],
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.3)
+    over_tls.answer = answer
+    with Proxy() as proxy:
+        if proxied:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        started = time.monotonic()
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: not whole within 0.3 s"
+        assert time.monotonic() - started < 1.2
+        assert len(proxy.asked) == proxied
+
+
+def test_a_proxy_of_the_environment_is_asked_and_does_not_see_the_key(
+    over_tls: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        api = CoinApi(KEY, url=over_tls.url)
+        assert [update.price for _ in range(2) for update in api.fetch_prices(("BTC",))] == [RATES["BTC"]] * 2
+        (asked,) = proxy.asked  # one connection, kept alive
+        assert asked.startswith(f"CONNECT {over_tls.url.removeprefix('https://')} HTTP/1.".encode())
+        assert KEY.encode() not in asked
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert CoinApi(KEY, url=over_tls.url).fetch_prices(("BTC",))
+        assert len(proxy.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        (f"HTTP/1.1 407 {RUDE}\r\n\r\n", "Tunnel connection failed: 407"),
+        (f"{RUDE}\r\n\r\n", "BadStatusLine"),
+        ("HTTP/1.1 200 " + "x" * 70_000, "LineTooLong"),
+        ("", "closed connection without response"),
+    ],
+)
+def test_a_proxy_that_refuses_is_named_without_key_password_or_control_characters(
+    over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: str, said: str
+) -> None:
+    with Proxy(says.encode()) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        text = str(error_of(CoinApi(KEY, url=over_tls.url)))
+    assert said in text
+    assert text.isprintable()
+    assert KEY not in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("proxy", ["http://user:secret@[bad", "http://user:secret@/", "socks9://user:secret@host"])
+def test_a_proxy_that_cannot_be_one_is_a_failed_poll_without_its_password(
+    over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    assert "secret" not in str(error_of(CoinApi(KEY, url=over_tls.url)))
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: "])
+def test_a_proxy_that_drips_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
+    with Proxy(says, drips=True) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: no connection within 0.3 s"
+
+
+def test_a_tls_handshake_that_does_not_end_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = CoinApi(KEY, url=f"https://127.0.0.1:{silent.getsockname()[1]}")
+        assert str(error_of(api)) == "no answer from CoinAPI: no connection within 0.3 s"
+
+
 def test_every_error_of_requests_is_a_coinapierror(http: responses.RequestsMock, api: CoinApi) -> None:
     for error in (requests.ConnectionError(), requests.exceptions.SSLError("bad cert"), requests.ReadTimeout("slow")):
         http.get(URL, body=error)
@@ -410,3 +685,16 @@ def test_demo_prices_have_the_same_shape_and_move() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{7}Z", first[0].time)
     assert first[0].price != second[0].price
     assert first[0].price == pytest.approx(45000, rel=0.01)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_the_demos_time_is_utc_now_wherever_the_machine_is(monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        at = DemoApi().fetch_prices(("BTC",))[0].time
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert datetime.fromisoformat(at).timestamp() == pytest.approx(time.time(), abs=5)
+    assert at.endswith("Z")

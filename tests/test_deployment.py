@@ -2,24 +2,19 @@
 trackers, a real browser. And what befalls a program that is left running: kills, clocks, sleep."""
 
 import asyncio
-import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from decimal import Decimal
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +31,6 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 import price_server
-from coin_api import DemoApi
-from price_server import PriceServer
-from tracker import Poller
 
 UNIT = "/etc/systemd/system/price-tracker.service"
 ALERTS = "/etc/prometheus/rules/price-tracker.yml"
@@ -153,62 +145,6 @@ def tls_configuration(port: int, certificate: Certificate) -> str:
         ("/etc/letsencrypt/live/prices.example.org/fullchain.pem", certificate.file),
         ("/etc/letsencrypt/live/prices.example.org/privkey.pem", certificate.key),
     )
-
-
-# systemd
-
-
-@pytest.mark.parametrize("name", ["price-tracker.service", "price-tracker@.service"])
-def test_systemd_accepts_the_unit_and_finds_it_safe(tmp_path: Path, name: str) -> None:
-    outside("systemd-analyze")
-    unit = put(
-        block("ini", f"# {UNIT}"),
-        ("/opt/price-tracker/venv/bin/python", sys.executable),
-        ("/opt/price-tracker/tracker.py", ROOT / "tracker.py"),
-    )
-    if "@" in name:
-        unit = put(unit, ("--port 3030", "--port %i"))
-    (tmp_path / name).write_text(unit)
-    instance = tmp_path / name.replace("@", "@3031")
-    verify = subprocess.run(["systemd-analyze", "verify", instance], capture_output=True, text=True)
-    # An unknown setting is only a warning, and other units of this machine may have some too.
-    assert [line for line in verify.stderr.splitlines() if "price-tracker" in line] == []
-    assert verify.returncode == 0, verify.stderr
-    security = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager"]
-    assert subprocess.run([*security, tmp_path / name], capture_output=True).returncode == 0, "over 2.0 of 10 exposed"
-
-
-def test_unit_has_room_for_all_clients_and_all_handshakes() -> None:
-    unit = dict(line.split("=", 1) for line in block("ini", f"# {UNIT}").splitlines() if "=" in line)
-    assert int(unit["LimitNOFILE"]) > 10_000 + price_server.MAX_HANDSHAKES
-    assert int(unit["TasksMax"]) > price_server.MAX_HANDSHAKES + 4
-    assert unit["RestartPreventExitStatus"] == "2"
-
-
-def test_alert_rules_ask_for_metrics_that_exist(coin_api: StandIn) -> None:
-    asked = set(re.findall(r"\btracker_\w+", block("yaml", f"# {ALERTS}")))
-    with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
-        wait_for(lambda: polls(tracker) == 1)
-        told = re.findall(r"^tracker_\w+", get(f"{tracker.http}/metrics")[1].decode(), re.MULTILINE)
-    assert len(asked) >= 4
-    assert asked <= set(told)
-
-
-def test_costs_in_the_readme_are_those_of_the_price_list() -> None:
-    def cost(requests: int) -> Decimal:
-        total = Decimal(0)
-        for size, price in ((1_000, "5.26"), (2_000, "2.63"), (7_000, "1.73"), (20_000, "0.83")):
-            total += Decimal(price) * min(requests, size) / 1_000
-            requests -= min(requests, size)
-        return round(total, 2)
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| \$([\d.]+).*? \| ([\d,]+) \| \$([\d.]+) \|$", readme, re.MULTILINE)
-    assert len(rows) >= 4
-    for interval, all_day, all_day_cost, eight_hours, eight_hours_cost in rows:
-        requests = 86_400 // int(interval)
-        assert (all_day, eight_hours) == (f"{requests:,}", f"{requests // 3:,}")
-        assert (Decimal(all_day_cost), Decimal(eight_hours_cost)) == (cost(requests), cost(requests // 3))
 
 
 # TLS
@@ -454,79 +390,3 @@ def test_cache_does_not_give_the_key_to_a_host_without_the_right_certificate(
         assert get(f"http://127.0.0.1:{nginx.port}/v1/exchangerate/USD?filter_asset_id=BTC&invert=true")[0] == 502
         assert "certificate verify error" in nginx.errors()
     assert coin_api.requests == []
-
-
-# Left running
-
-
-@pytest.mark.usefixtures("quick_reconnects")
-def test_killed_and_started_again_at_once_it_binds_and_clients_are_back(coin_api: StandIn) -> None:
-    options = ("--port", str(free_port()), "--interval", "0.3")
-    environment = {"COIN_API_KEY": KEY, "COIN_API_URL": coin_api.url}
-
-    async def run() -> None:
-        seen: list[list[float]] = [[] for _ in range(20)]
-        with Tracker(*options, **environment) as first:
-            tasks = [asyncio.create_task(follow(first.ws, one)) for one in seen]
-            await until(lambda: all(seen), what="prices for all")
-            first.process.kill()
-            first.process.wait()
-        killed = time.monotonic()
-        with Tracker(*options, **environment) as second:
-            await until(lambda: second.find("WebSocket") and all(one[-1] > killed for one in seen), what="all are back")
-            assert health(second)["clients"] == 20
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    asyncio.run(run())
-
-
-@pytest.mark.parametrize("shift", [3600.0, -3600.0])
-def test_polls_and_deadlines_go_on_when_the_clock_is_set(
-    start_server: Callable[..., PriceServer], monkeypatch: pytest.MonkeyPatch, shift: float
-) -> None:
-    monkeypatch.setattr(price_server, "HANDSHAKE_TIMEOUT", 1.5)
-    real = time.time
-    server = start_server(interval=0.1)
-    poller = Poller(DemoApi(), server, 0.1)
-    thread = threading.Thread(target=poller.run)
-    thread.start()
-    try:
-        with connect(f"ws://127.0.0.1:{server.port}/ws", max_queue=None) as client, socket.socket() as late:
-            late.connect(("127.0.0.1", server.port))
-            late.sendall(b"GET /ws HTTP/1.1\r\n")
-            wait_for(lambda: server.latest.version > 3)
-            monkeypatch.setattr(time, "time", lambda: real() + shift)
-            version, start = server.latest.version, time.monotonic()
-            late.settimeout(5)
-            assert late.recv(1) == b""
-            assert 0.5 < time.monotonic() - start < 3, "the handshake's deadline"
-            polled = (server.latest.version - version) / (time.monotonic() - start)
-            assert 5 < polled < 12, "polls a second"
-            assert (server.status(), round(server.age() or 0)) == ("ok", 0)
-            assert abs(server.last_success_time - time.time()) < 1
-            assert client.recv(timeout=1)
-    finally:
-        poller.stop()
-        thread.join()
-
-
-def test_machine_that_slept_polls_once_late_and_goes_on(coin_api: StandIn) -> None:
-    with Tracker("--interval", "0.5", COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
-        with connect(tracker.ws, max_queue=None) as client:
-            wait_for(lambda: polls(tracker) >= 3)  # it waits for the fourth now
-            tracker.process.send_signal(signal.SIGSTOP)
-            time.sleep(2.7)
-            before = len(coin_api.requests)
-            tracker.process.send_signal(signal.SIGCONT)
-            woken = time.monotonic()
-            wait_for(lambda: len(coin_api.requests) >= before + 4, 3)
-            at = [request.at for request in coin_api.requests[before - 1 : before + 4]]
-            assert at[1] - woken < 0.3, "the late poll"
-            # At the fixed times again; the first of them may be near the late one.
-            assert at[2] - at[1] < 0.7
-            assert all(0.35 < later - earlier < 0.65 for earlier, later in itertools.pairwise(at[2:]))
-            while json.loads(client.recv(timeout=2)) != json.loads(get(f"{tracker.http}/prices/SOL")[1]):
-                pass
-        assert client.close_code == 1000

@@ -1,0 +1,234 @@
+"""What the program needs of the system around it: a log that holds nobody up, signals, systemd, room for clients.
+
+The standard library and nothing else, and nothing of prices: tracker.py uses it, and the two below do not know it.
+"""
+
+import logging
+import os
+import queue
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+STDERR = 2  # its number: the lock of sys.stderr would hang Python's own end behind a write that is stuck
+MAX_WAITING = 10_000  # log lines that a stderr did not take yet; beyond it they are dropped and counted
+FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for stderr
+SPARE_FILES = 50  # 20 for the program itself, and 30 for visitors when the server is full of clients
+SELECT_SOCKETS = 512  # that Windows' select takes
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && .venv/bin/python tracker.py"
+
+logger = logging.getLogger("service")
+
+
+class Log(logging.Handler):
+    """Hands each line to a thread that writes it: a stderr that nobody reads stops that thread and no other.
+
+    logging's QueueListener is not it: it waits for ever at its stop, and a full queue is an error to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_JournalFormatter() if _is_journal() else _TimeFormatter())
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        self._dropped = 0
+        self._ended = False
+        self._thread = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Wait for what is not written yet, half a second at the most. Python calls it at its end too."""
+        super().close()
+        logging.getLogger().removeHandler(self)
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self._lines.put(None, timeout=FLUSH_TIMEOUT)
+        except queue.Full:
+            return
+        self._thread.join(FLUSH_TIMEOUT)
+
+    def _write_lines(self) -> None:
+        told = 0
+        while (line := self._lines.get()) is not None:
+            _write(line)
+            if self._dropped > told and self._lines.empty():
+                lost, told = self._dropped - told, self._dropped
+                warning = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": f"log lines lost: {lost}"}
+                _write(self.format(logging.makeLogRecord(warning)))
+
+
+def start_log(level: str = "info") -> Log:
+    """Log to stderr from now on, by a thread; RuntimeError when there is none to be had."""
+    if sys.stderr is None:  # closed, so the next socket or file would get its number, and the log's lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
+    log = Log()
+    # websocket-server called basicConfig when it was imported: without force this would do nothing.
+    logging.basicConfig(level=level.upper(), handlers=[log], force=True)
+    return log
+
+
+class _TimeFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
+class _JournalFormatter(logging.Formatter):
+    """journald has its own time, and takes each line's priority from its start."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = f"<{PRIORITIES.get(record.levelno, 6)}>"
+        return priority + super().format(record).replace("\n", f"\n{priority}")
+
+
+def _is_journal() -> bool:
+    try:
+        stderr = os.fstat(STDERR)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+def _write(line: str) -> None:
+    rest = f"{line}\n".encode(errors="backslashreplace")
+    try:
+        while rest:
+            rest = rest[os.write(STDERR, rest) :]
+    except OSError:
+        pass  # closed, or its disk is full: there is nobody to tell
+
+
+class Systemd:
+    """Tells systemd how the program is, by the socket that it names in NOTIFY_SOCKET; without one, nothing.
+
+    Source: sd_notify(3), sd_watchdog_enabled(3). Never blocks, raises nothing, works in any thread.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic):
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):  # an address that is no file
+            self._address = "\0" + self._address[1:]
+        self._clock = clock
+        self._feed_every = _watchdog_seconds(environment) / 3  # so that a late one does no harm
+        self._fed = -self._feed_every
+        self._socket: socket.socket | None = None
+        if self._address:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+
+    def tell(self, state: str) -> None:
+        """READY=1 or another line of sd_notify(3)."""
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto(state.encode(), self._address)
+        except OSError as error:
+            logger.warning("systemd does not hear %s: %s", state, error.strerror)
+
+    def feed_watchdog(self) -> None:
+        """To be called by the loop that must not hang, as often as one likes."""
+        now = self._clock()
+        if self._feed_every and now - self._fed >= self._feed_every:
+            self._fed = now
+            self.tell("WATCHDOG=1")
+
+
+def _watchdog_seconds(environment: Mapping[str, str]) -> float:
+    """What systemd waits for a sign of life from this process; 0 when it does not."""
+    if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return 0.0
+    text = environment.get("WATCHDOG_USEC", "")
+    return int(text) / 1_000_000 if text.isdecimal() else 0.0
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` when the first signal comes; a second one ends the program at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
+        stop()
+
+    # Ignored at the start, as by nohup, a hangup stays so.
+    taken = [each for each in SIGNALS if each != HANGUP or signal.getsignal(each) != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, on_signal)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Threads started in it take no signal: one that another thread took would not end the wait of main."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def fit_clients(wanted: int) -> int:
+    """Raise the limit of open files as far as allowed; the number of clients that there is room for, with a warning."""
+    rooms = [(wanted, "")]
+    files = _raise_file_limit(wanted + SPARE_FILES)
+    if files is not None:
+        rooms.append((files - SPARE_FILES, f"only {files} files may be open (ulimit -n)"))
+    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
+        rooms.append((SELECT_SOCKETS - SPARE_FILES, f"select takes {SELECT_SOCKETS} sockets here"))
+    room, why = min(rooms)
+    room = max(room, 1)
+    if room < wanted:
+        logger.warning("--max-clients lowered from %d to %d: %s", wanted, room, why)
+    return room
+
+
+def _raise_file_limit(needed: int) -> int | None:
+    """The soft limit, raised to the hard one, or to what is needed; None without a limit."""
+    if resource is None:
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, needed):  # macOS says that the hard one is unlimited and does not mean it
+        if soft == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= soft):
+            break
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+        except (ValueError, OSError):
+            pass  # not allowed: what there is must do
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def explain_missing(module: str) -> str:
+    """What to do about a module that could not be imported, in one line."""
+    if module.removeprefix("_") == "sqlite3":
+        return "this Python was built without sqlite3: take another one, or your system's package that adds it"
+    return f"the package {module} is missing: start with {INSTALL}"

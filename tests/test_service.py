@@ -1,0 +1,620 @@
+"""service: a log that holds nobody up, what systemd is told, room for clients; and the files that systemd and
+Prometheus get, as they are in deploy/."""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from functools import partial
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import ROOT, Tracker, outside, wait_for
+from stand_in import KEY, StandIn
+from websockets.sync.client import connect
+
+import service
+from price_server import PriceServer
+from service import Log, Systemd
+
+DEPLOY = ROOT / "deploy"
+UNITS = ("price-tracker.service", "price-tracker@.service")
+RULES = DEPLOY / "prometheus-rules.yml"
+RULE_TESTS = ROOT / "tests" / "prometheus-rules.test.yml"
+
+
+def record(message: str, level: int = logging.INFO) -> logging.LogRecord:
+    return logging.makeLogRecord({"levelno": level, "levelname": logging.getLevelName(level), "msg": message})
+
+
+# The log
+
+
+class Stderr:
+    """In place of stderr: takes nothing until it is opened."""
+
+    def __init__(self, is_open: bool = True):
+        self.lines: list[str] = []
+        self.open = threading.Event()
+        if is_open:
+            self.open.set()
+
+    def __call__(self, line: str) -> None:
+        self.open.wait(20)
+        self.lines.append(line)
+
+    @property
+    def texts(self) -> list[str]:
+        return [line.partition(" ")[2] for line in self.lines]
+
+
+@pytest.fixture
+def start_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Log, Stderr]]]:
+    logs: list[Log] = []
+
+    def start(is_open: bool = True, max_waiting: int = service.MAX_WAITING) -> tuple[Log, Stderr]:
+        stderr = Stderr(is_open)
+        monkeypatch.setattr(service, "_write", stderr)
+        monkeypatch.setattr(service, "MAX_WAITING", max_waiting)
+        monkeypatch.setattr(service, "FLUSH_TIMEOUT", 10.0 if is_open else 0.1)
+        logs.append(Log())
+        return logs[-1], stderr
+
+    yield start
+    for log in logs:
+        log.close()
+
+
+def test_lines_are_written_in_order_by_a_thread_of_that_name(start_log: Callable[..., tuple[Log, Stderr]]) -> None:
+    log, stderr = start_log()
+    for number in range(100):
+        log.handle(record(f"line {number}"))
+    assert "log" in [thread.name for thread in threading.enumerate() if thread.daemon]
+    log.close()
+    assert stderr.texts == [f"INFO line {number}" for number in range(100)]
+
+
+def test_a_stderr_that_nobody_reads_holds_nobody_up_and_what_is_lost_is_told(
+    start_log: Callable[..., tuple[Log, Stderr]],
+) -> None:
+    log, stderr = start_log(is_open=False, max_waiting=10)
+    log.handle(record("first"))
+    wait_for(log._lines.empty, what="the thread has the first line")
+    for number in range(25):
+        log.handle(record(f"line {number}"))
+    stderr.open.set()
+    wait_for(lambda: len(stderr.lines) >= 12)
+    assert stderr.texts == [
+        "INFO first",
+        *(f"INFO line {number}" for number in range(10)),
+        "WARNING log lines lost: 15",
+    ]
+    log.handle(record("last"))
+    wait_for(lambda: stderr.texts[12:] == ["INFO last"])
+
+
+def test_up_to_ten_thousand_lines_wait() -> None:
+    assert service.MAX_WAITING == 10_000
+
+
+@pytest.mark.parametrize("lines", [1, 20])
+def test_the_end_waits_for_a_stuck_stderr_for_half_a_second_at_the_most(
+    start_log: Callable[..., tuple[Log, Stderr]], lines: int
+) -> None:
+    assert service.FLUSH_TIMEOUT == 0.5
+    log, stderr = start_log(is_open=False, max_waiting=10)
+    for number in range(lines):
+        log.handle(record(f"line {number}"))
+    started = time.monotonic()
+    log.close()
+    log.close()  # logging does so at exit
+    assert time.monotonic() - started < 0.4
+    stderr.open.set()
+
+
+def test_a_line_that_cannot_be_made_ends_nothing(
+    start_log: Callable[..., tuple[Log, Stderr]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, stderr = start_log()
+    wrong = record("%d")
+    wrong.args = ("one",)
+    log.handle(wrong)
+    log.handle(record("next"))
+    log.close()
+    assert stderr.texts == ["INFO next"]
+    assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("zone", "offset"), [("UTC", "+00:00"), ("Asia/Tokyo", "+09:00"), ("America/Lima", "-05:00")])
+def test_times_have_their_offset(monkeypatch: pytest.MonkeyPatch, zone: str, offset: str) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        line = service._TimeFormatter().format(record("x"))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}{re.escape(offset)} INFO x", line)
+
+
+@pytest.mark.parametrize(("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)])
+def test_under_journald_each_line_has_its_priority_and_no_time(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: str, priority: int
+) -> None:
+    stderr = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
+    log = Log()
+    log.handle(record("one\ntwo", getattr(logging, level)))
+    log.close()
+    assert capfd.readouterr().err == f"<{priority}>{level} one\n<{priority}>two\n"
+
+
+def test_another_stderr_than_the_journals_gets_times(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", f"{os.fstat(2).st_dev}:1")  # inherited, and stderr sent elsewhere
+    log = Log()
+    log.handle(record("one\udcff"))
+    log.close()
+    assert re.fullmatch(r"2\d{3}-\S+ INFO one\\udcff\n", capfd.readouterr().err)
+
+
+def test_a_pipe_that_nobody_reads_stops_neither_the_feed_nor_the_stop() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)
+    try:
+        while os.write(writer, b"x" * 4096):
+            pass
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, str(ROOT / "tracker.py"), "--demo", "--interval", "0.2", "--log-level", "debug"]
+    with subprocess.Popen([*command, "--port", str(port)], stderr=writer) as process:
+        try:
+            wait_for(lambda: connects(port))
+            with connect(f"ws://127.0.0.1:{port}/ws", max_queue=None) as client:
+                for _ in range(50):
+                    assert client.recv(timeout=5)
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+            assert time.monotonic() - started < 2
+        finally:
+            process.kill()
+            os.close(reader)
+            os.close(writer)
+
+
+def connects(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_closed_stderr_puts_no_line_of_the_log_into_a_socket() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = f'exec "{sys.executable}" "{ROOT / "tracker.py"}" --demo --interval 0.2 --log-level debug --port {port}'
+    with subprocess.Popen(["sh", "-c", f"{command} 2>&-"]) as process:
+        try:
+            wait_for(lambda: connects(port))
+            with connect(f"ws://127.0.0.1:{port}/ws", max_queue=None) as client:
+                for _ in range(50):
+                    assert json.loads(client.recv(timeout=5))["asset_id"]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("sqlite3", "this Python was built without sqlite3"),
+        ("websocket_server", "the package websocket_server is missing: start with python3 -m venv .venv && "),
+        ("requests", "the package requests is missing: start with python3 -m venv .venv && "),
+    ],
+)
+def test_a_missing_module_is_exit_2_and_one_line_with_the_way_out(module: str, said: str) -> None:
+    program = f"import sys, runpy; sys.modules[{module!r}] = None; sys.path.insert(0, {str(ROOT)!r}); "
+    program += f"runpy.run_path({str(ROOT / 'tracker.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program, "--demo"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f" CRITICAL {said}" in done.stderr
+
+
+def test_the_command_of_a_missing_package_is_the_readmes() -> None:
+    assert f"{service.INSTALL} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# systemd
+
+
+class NotifySocket:
+    """What systemd would hear, at an address that is a file or, with @, is none."""
+
+    def __init__(self, folder: Path, is_file: bool):
+        self.address = str(folder / "notify") if is_file else f"@price-tracker-test-{os.getpid()}-{folder.name}"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.address if is_file else "\0" + self.address[1:])
+
+    def hear(self, seconds: float = 10.0) -> str:
+        self.socket.settimeout(seconds)
+        return self.socket.recv(4096).decode()
+
+    def hear_all(self) -> list[str]:
+        """What came so far, each once."""
+        self.socket.settimeout(0.0)
+        heard: list[str] = []
+        try:
+            while True:
+                heard.append(self.socket.recv(4096).decode())
+        except BlockingIOError:
+            return list(dict.fromkeys(heard))
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[NotifySocket]:
+    notify = NotifySocket(tmp_path, is_file=False)
+    with notify.socket:
+        yield notify
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_systemd_hears_ready_signs_of_life_and_the_stop(tmp_path: Path, is_file: bool) -> None:
+    systemd = NotifySocket(tmp_path, is_file)
+    with systemd.socket, Tracker("--demo", NOTIFY_SOCKET=systemd.address, WATCHDOG_USEC="1200000") as tracker:
+        heard = [systemd.hear() for _ in range(4)]
+        assert sorted(heard) == ["READY=1", *["WATCHDOG=1"] * 3]
+        assert tracker.stop() == 0
+        assert systemd.hear_all()[-1] == "STOPPING=1"
+
+
+def test_ready_waits_for_the_first_poll_and_no_longer_than_2_s(coin_api: StandIn, systemd: NotifySocket) -> None:
+    answer = threading.Event()
+
+    def answer_late(handler: BaseHTTPRequestHandler) -> None:
+        answer.wait(10)
+        coin_api.send_rates(handler)
+
+    coin_api.answer = answer_late
+    with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url, NOTIFY_SOCKET=systemd.address) as tracker:
+        # The block has begun, so the start-up lines are there, without an answer.
+        assert systemd.hear() == "READY=1"
+        assert requested_ago(coin_api) == pytest.approx(2.0, abs=0.7)
+        answer.set()
+        assert tracker.stop() == 0
+    assert systemd.hear() == "STOPPING=1"
+
+
+def requested_ago(coin_api: StandIn) -> float:
+    return time.monotonic() - coin_api.requests[0].at
+
+
+def test_a_first_poll_that_fails_is_ready_too(coin_api: StandIn, systemd: NotifySocket) -> None:
+    coin_api.say(b"", 503)
+    with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url, NOTIFY_SOCKET=systemd.address):
+        assert systemd.hear() == "READY=1"
+        assert requested_ago(coin_api) < 1.5
+
+
+def test_a_refused_key_and_a_taken_port_are_never_ready(coin_api: StandIn, systemd: NotifySocket) -> None:
+    coin_api.say(b'{"error":"Invalid API key"}', 401)
+    start = partial(Tracker, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url, NOTIFY_SOCKET=systemd.address)
+    refused = start()
+    assert refused.wait(20) == 2
+    assert [line.split(" ", 1)[1] for line in refused.log] == [
+        "INFO stopping, clients connected: 0",
+        "INFO stopped",
+        "ERROR CoinAPI refused the key (401): Invalid API key: check COIN_API_KEY",
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        no_port = start("--port", str(taken.getsockname()[1]))
+        assert no_port.wait(20) == 1
+    assert "Address already in use" in no_port.text
+    assert systemd.hear_all() == ["STOPPING=1"]
+    assert len(coin_api.requests) == 1
+
+
+def test_no_sign_of_life_from_a_loop_that_hangs(start_server: Callable[..., PriceServer]) -> None:
+    fed = threading.Event()
+    hang = threading.Event()
+    server = start_server()
+    server.housekeeping_interval = 0.05
+    server.service_actions = fed.set  # type: ignore[method-assign]
+    wait_for(fed.is_set)
+    server.set_fn_new_client(lambda client, server: hang.wait(10))
+    try:
+        with connect(f"ws://127.0.0.1:{server.port}/ws"):
+            fed.clear()
+            assert not fed.wait(0.5)
+            hang.set()
+            assert fed.wait(5)
+    finally:
+        hang.set()
+
+
+@pytest.mark.parametrize(
+    ("environment", "at"),
+    [
+        ({"WATCHDOG_USEC": "30000000"}, [0, 10, 20]),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, [0, 10, 20]),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, []),
+        ({"WATCHDOG_USEC": "soon"}, []),
+        ({}, []),
+    ],
+)
+def test_the_watchdog_is_fed_three_times_in_its_time(
+    environment: dict[str, str], at: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    fed: list[tuple[float, str]] = []
+    systemd = Systemd(environment, clock=lambda: now)
+    monkeypatch.setattr(systemd, "tell", lambda state: fed.append((now, state)))
+    while now < 30:
+        systemd.feed_watchdog()
+        now += 0.5
+    assert fed == [(second, "WATCHDOG=1") for second in at]
+
+
+def test_a_systemd_that_does_not_listen_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    Systemd({"NOTIFY_SOCKET": "/nonexistent"}).tell("READY=1")
+    assert caplog.messages == ["systemd does not hear READY=1: No such file or directory"]
+    Systemd({}).tell("READY=1")
+    assert len(caplog.messages) == 1
+
+
+# Signals
+
+
+def test_a_hangup_that_was_ignored_at_the_start_stays_so() -> None:
+    outside("nohup")
+    with Tracker("--demo", "--interval", "0.2", before=("nohup",)) as tracker, connect(tracker.ws) as client:
+        tracker.process.send_signal(signal.SIGHUP)
+        for _ in range(30):
+            assert client.recv(timeout=5)
+        assert tracker.stop() == 0
+
+
+@pytest.mark.parametrize("number", service.SIGNALS)
+def test_the_first_signal_stops_and_the_second_ends_at_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    before = {each: signal.getsignal(each) for each in service.SIGNALS}
+    stops: list[int] = []
+    try:
+        service.stop_on_signals(lambda: stops.append(1))
+        os.kill(os.getpid(), number)
+        wait_for(lambda: stops)
+        assert [signal.getsignal(each) for each in service.SIGNALS] == [signal.SIG_DFL] * 3
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert stops == [1]
+
+
+# Room for clients
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed", "clients", "raised"),
+    [
+        ((1024, 4096), True, 4046, [(4096, 4096)]),
+        ((1024, 10_050), True, 10_000, [(10_050, 10_050)]),  # just as large as needed
+        ((1024, 10_049), True, 9_999, [(10_049, 10_049)]),
+        ((4096, 4096), True, 4046, []),
+        ((1024, 1 << 20), True, 10_000, [(1 << 20, 1 << 20)]),
+        ((1024, -1), True, 10_000, [(-1, -1)]),  # unlimited
+        ((-1, -1), True, 10_000, []),
+        ((1024, 1 << 20), False, 974, []),
+        ((256, -1), (10_050, -1), 10_000, [(10_050, -1)]),  # macOS says "unlimited" and does not mean it
+        ((30, 30), True, 1, []),
+    ],
+)
+def test_the_number_of_clients_fits_the_files_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    limits: tuple[int, int],
+    allowed: object,
+    clients: int,
+    raised: list[tuple[int, int]],
+) -> None:
+    resource: Any = pytest.importorskip("resource")
+    assert resource.RLIM_INFINITY == -1
+    set_to: list[object] = []
+
+    def setrlimit(which: int, new: tuple[int, int]) -> None:
+        assert which == resource.RLIMIT_NOFILE
+        if allowed not in (True, new) or new[0] > new[1] >= 0:
+            raise ValueError("not allowed to raise maximum limit")
+        set_to.append(new)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    assert service.fit_clients(10_000) == clients
+    assert set_to == raised
+    files = max([limits[0], *(new[0] for new in raised)])
+    warning = f"--max-clients lowered from 10000 to {clients}: only {files} files may be open (ulimit -n)"
+    assert caplog.messages == ([] if clients == 10_000 else [warning])
+
+
+def test_without_a_limit_of_files_the_clients_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "resource", None)
+    assert service.fit_clients(10_000) == 10_000
+    assert caplog.messages == []
+
+
+def test_where_select_takes_512_sockets_462_are_clients(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "resource", None)
+    monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
+    assert service.fit_clients(10_000) == 462
+    assert caplog.messages == ["--max-clients lowered from 10000 to 462: select takes 512 sockets here"]
+    assert service.fit_clients(462) == 462
+    assert len(caplog.messages) == 1
+
+
+# The units
+
+
+def settings(name: str) -> dict[str, str]:
+    lines = (DEPLOY / name).read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_systemd_accepts_the_unit_and_finds_it_safe(tmp_path: Path, name: str) -> None:
+    outside("systemd-analyze")
+    unit = (DEPLOY / name).read_text()
+    for installed, here in (("venv/bin/python", sys.executable), ("tracker.py", str(ROOT / "tracker.py"))):
+        assert f"/opt/price-tracker/{installed}" in unit
+        unit = unit.replace(f"/opt/price-tracker/{installed}", here)
+    (tmp_path / name).write_text(unit)
+    instance = tmp_path / name.replace("@", "@3031")
+    verify = subprocess.run(["systemd-analyze", "verify", instance], capture_output=True, text=True)
+    # An unknown setting is only a warning, and other units of this machine may have some too.
+    assert [line for line in verify.stderr.splitlines() if "price-tracker" in line] == []
+    assert verify.returncode == 0, verify.stderr
+    security = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager"]
+    assert subprocess.run([*security, tmp_path / name], capture_output=True).returncode == 0, "over 2.0 of 10 exposed"
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_unit_has_room_and_starts_again_whatever_ended_it_but_for_status_2(name: str) -> None:
+    unit = settings(name)
+    assert int(unit["LimitNOFILE"]) > 10_000 + service.SPARE_FILES
+    assert int(unit["TasksMax"]) > 5
+    assert (unit["Restart"], unit["RestartPreventExitStatus"]) == ("always", "2")
+    assert (unit["Type"], unit["WatchdogSec"], unit["LimitCORE"]) == ("notify", "30", "0")
+    assert unit["EnvironmentFile"] == "/etc/price-tracker.env"
+    assert "SyslogIdentifier" in unit
+
+
+def test_each_instance_has_its_own_port_name_and_history() -> None:
+    one, instance = (settings(name) for name in UNITS)
+    changes = {
+        "Description": one["Description"] + ", port %i",
+        "ExecStart": one["ExecStart"].replace("/price-tracker/history", "/price-tracker-%i/history") + " --port %i",
+        "StateDirectory": "price-tracker-%i",
+        "SyslogIdentifier": "price-tracker-%i",
+    }
+    assert instance == one | changes
+    assert f"%S/{one['StateDirectory']}/history.db" in one["ExecStart"]
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_what_the_unit_runs_is_a_command_that_the_program_takes(name: str, tmp_path: Path) -> None:
+    command = settings(name)["ExecStart"].replace("$PRICE_TRACKER_FLAGS", "--demo --interval 1").replace("%i", "0")
+    python, program, *arguments = command.replace("%S/", f"{tmp_path}/").split()
+    assert (python, program) == ("/opt/price-tracker/venv/bin/python", "/opt/price-tracker/tracker.py")
+    history = Path(arguments[arguments.index("--history") + 1])
+    history.parent.mkdir()
+    with Tracker(*arguments) as tracker:
+        assert tracker.find("DEMO, simulated prices: .* every 1 s")
+        assert history.is_file()
+
+
+# The rules for Prometheus
+
+
+def test_the_rules_fire_where_they_should_and_not_where_not() -> None:
+    outside("promtool")
+    for arguments in (("check", "rules", str(RULES)), ("test", "rules", str(RULE_TESTS))):
+        done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_rule_has_a_severity_a_summary_and_a_series_that_fires_and_one_that_does_not() -> None:
+    alerts = re.split(r"^      - alert: ", RULES.read_text(), flags=re.MULTILINE)[1:]
+    tests = RULE_TESTS.read_text()
+    for alert in alerts:
+        name = alert.partition("\n")[0]
+        assert re.search(r"severity: (critical|warning)\n", alert), name
+        assert "summary: " in alert, name
+        assert re.search(rf"alertname: {name}, exp_alerts: \[\]", tests), name
+        assert re.search(rf"alertname: {name}\n +exp_alerts:\n +- exp_labels", tests), name
+    assert len(alerts) == 11
+
+
+def test_the_rules_ask_for_metrics_that_exist(coin_api: StandIn) -> None:
+    asked = set(re.findall(r"\bprice_tracker_\w+", RULES.read_text()))
+    with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
+        wait_for(lambda: coin_api.answered_at)
+        wait_for(lambda: "price_tracker_price{" in get(f"{tracker.http}/metrics"))
+        told = get(f"{tracker.http}/metrics")
+    assert len(asked) >= 10
+    assert asked <= set(re.findall(r"^price_tracker_\w+", told, re.MULTILINE))
+    for label in re.findall(r'\{(?:result|reason)="\w+"\}', RULES.read_text()):
+        assert label in told
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+# What deploy/README.md says
+
+README = (DEPLOY / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_is_installed_with_umask_077_can_be_read_by_the_service(tmp_path: Path) -> None:
+    commands = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[:2])
+    for there in ("/opt/", "/etc/"):
+        assert there in commands
+        commands = commands.replace(there, f"{tmp_path}{there}")
+    assert "pip install" in commands
+    commands = commands.replace("pip install", "pip --version #")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    commands = f"chmod -R go= {source}; cd {source}\nsystemctl() {{ :; }}\njournalctl() {{ :; }}\n{commands}"
+    (tmp_path / "etc/systemd/system").mkdir(parents=True)
+    (tmp_path / "opt").mkdir()
+    subprocess.run(["sh", "-ec", f"umask 077\n{commands}"], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    installed = tmp_path / "opt/price-tracker"
+    for path in [installed.resolve(), *installed.rglob("*")]:
+        if not path.is_symlink():
+            assert path.stat().st_mode & 0o055 == (0o055 if path.is_dir() else path.stat().st_mode & 0o011 | 0o044), (
+                path
+            )
+    # Everything that the program imports is there.
+    program = f"import sys; sys.path.insert(0, {str(installed)!r}); import tracker; print(tracker.__file__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=20)
+    assert done.stdout.strip() == f"{installed}/tracker.py"
+    environment = tmp_path / "etc/price-tracker.env"
+    assert environment.stat().st_mode & 0o777 == 0o600
+    assert environment.read_text() == "COIN_API_KEY=your-key\nPRICE_TRACKER_FLAGS=--port 3030\n"
+    for name in UNITS:
+        assert (tmp_path / "etc/systemd/system" / name).stat().st_mode & 0o777 == 0o644
+
+
+def test_costs_are_those_of_the_price_list() -> None:
+    def cost(requests: int) -> Decimal:
+        total = Decimal(0)
+        for size, price in ((1_000, "5.26"), (2_000, "2.63"), (7_000, "1.73"), (20_000, "0.83")):
+            total += Decimal(price) * min(requests, size) / 1_000
+            requests -= min(requests, size)
+        return round(total, 2)
+
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| \$([\d.]+).*? \| ([\d,]+) \| \$([\d.]+) \|$", README, re.MULTILINE)
+    assert len(rows) >= 4
+    for interval, all_day, all_day_cost, eight_hours, eight_hours_cost in rows:
+        requests = 86_400 // int(interval)
+        assert (all_day, eight_hours) == (f"{requests:,}", f"{requests // 3:,}")
+        assert (Decimal(all_day_cost), Decimal(eight_hours_cost)) == (cost(requests), cost(requests // 3))
