@@ -200,9 +200,9 @@ class PriceServer(Interface, Figures):
                     self.warn("exhausted", f"cannot accept clients for now: {error.strerror}")
                 return
             sock.setblocking(False)
-            if len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
-                if (oldest := next(iter(self._visitors or self._answered), None)) is not None:
-                    self.leave(oldest)
+            others = self._visitors or self._answered  # clients never take all the room
+            if others and len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
+                self.leave(next(iter(others)))
             connection = Connection(self, sock, address)
             self._visitors[connection] = None
             self.step(connection, connection.on_readable)  # the request is mostly here by now
