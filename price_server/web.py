@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import time
 from collections.abc import Sequence
 from email.utils import formatdate
 from functools import lru_cache
@@ -272,7 +273,7 @@ def _answer(
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
         "Server: price-server",  # the standard library's default tells the exact Python version
-        f"Date: {formatdate(usegmt=True)}",
+        f"Date: {_date(int(time.time()))}",
         f"Content-Type: {content_type}",
         f"Content-Length: {sum(map(len, body))}",
         "Cache-Control: no-store",
@@ -288,6 +289,11 @@ def _answer(
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
     return Answer([head] if request and request.command == "HEAD" else [head, *body], status)
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 def _origin_is_allowed(request: Request, figures: Figures) -> bool:
