@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sqlite3
+import struct
 import threading
 import time
 from collections import deque
@@ -46,6 +47,12 @@ VERSION = 1  # of the table
 TABLE = """CREATE TABLE IF NOT EXISTS points (
     step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
     PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
+IDENTIFY = "PRAGMA application_id"
+SIGN = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}")
+MAKE = ("BEGIN IMMEDIATE", TABLE, *SIGN, "COMMIT")
+SETTLE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL")  # killed, a program loses the poll under way
+CHECK = "PRAGMA quick_check(1)"
+EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 WRITE = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
 FILL = "INSERT OR IGNORE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE = "DELETE FROM points WHERE step = ? AND slot < ?"
@@ -55,6 +62,7 @@ READ = f"SELECT asset, time, price {WITHIN} ORDER BY slot"
 READ_OLDEST = f"SELECT time {WITHIN} ORDER BY slot, time LIMIT 1"
 
 Answer = Callable[[list[bytes] | None], None]  # takes the parts of a JSON object, or None when that failed
+Clock = Callable[[], float]
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +115,7 @@ class History:
     locked_interval = 0.1  # seconds, where it was locked: two first starts in the same moment collide
 
     def __init__(
-        self,
-        assets: tuple[str, ...],
-        quote: str,
-        source: str,
-        file: str | None = None,
-        wall_clock: Callable[[], float] = time.time,
+        self, assets: tuple[str, ...], quote: str, source: str, file: str | None = None, wall_clock: Clock = time.time
     ) -> None:
         self._assets, self._key, self._file, self._wall_clock = assets, (source, quote), file, wall_clock
         self.ranges: tuple[dict[str, Any], ...] = tuple(span._asdict() | {"since": None} for span in RANGES)
@@ -301,7 +304,7 @@ class History:
         """SQLite writes into a file that was deleted without an error."""
         if not os.path.samestat(os.stat(file), self._status):
             # Or what stands in FILE-wal would be taken for changes of the file that is there now.
-            disk.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            disk.execute(EMPTY_WAL)
             raise HistoryError(f"history file {file!r} was replaced")
 
     def _failed(self, error: Exception) -> None:
@@ -338,14 +341,9 @@ class History:
             raise HistoryError(f"history file {file!r} {complaint}, or name another file")
         disk = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level="IMMEDIATE")
         try:
-            if disk.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):  # a new one
-                disk.execute("BEGIN IMMEDIATE")
-                disk.execute(TABLE)
-                disk.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                disk.execute(f"PRAGMA user_version = {VERSION}")
-                disk.execute("COMMIT")
-            disk.execute("PRAGMA journal_mode = WAL")
-            disk.execute("PRAGMA synchronous = NORMAL")
+            new = disk.execute(IDENTIFY).fetchone() != (APPLICATION_ID,)
+            for statement in (*MAKE, *SETTLE) if new else SETTLE:
+                disk.execute(statement)
             self._status = os.stat(file)
             known = self._memory.execute(READ_ALL, self._key).fetchall()
             with self._memory:
@@ -387,7 +385,7 @@ def _complaint_about_head(head: bytes) -> str | None:
         return "is no SQLite database: move it away"
     if len(head) < 100:
         return "is damaged: put a copy in its place"
-    version, application = int.from_bytes(head[60:64], "big"), int.from_bytes(head[68:72], "big")
+    version, application = struct.unpack_from(">I4xI", head, 60)
     if application != APPLICATION_ID:
         return "is a database of another program: move it away"
     if version > VERSION:
@@ -401,7 +399,7 @@ def _complaint_about_content(path: str) -> str | None:
         return "is damaged (cut off): put a copy in its place"  # SQLite sees whole pages alone
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
-        (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
+        (verdict,) = disk.execute(CHECK).fetchone()
     except sqlite3.DatabaseError as error:
         code = error.sqlite_errorcode & 0xFF
         if code == sqlite3.SQLITE_READONLY:

@@ -20,7 +20,8 @@ one's and of the floor's (the median of the multiples in each round: what slows 
 while slows both), and what N clients add to the server process: memory (RSS after garbage
 collection, connected and after one round) and threads. A side that cannot hold N clients
 says why; one whose package is missing is left out and named. The exit status is 1 when any byte was
-missing or too many. The last sections run the real `tracker.py`, and `ab` (Debian's apache2-utils).
+missing or too many. The last sections run the real `tracker.py`, `ab` (Debian's apache2-utils), and
+the past with a year in it (bench_history.py).
 Needs Linux or macOS, psutil, and for `ws` Node with `npm install --prefix .venv ws`.
 """
 
@@ -458,6 +459,8 @@ def choose(options: argparse.Namespace, versions: dict[str, str | None]) -> list
 
 def measure(setup: Setup, options: argparse.Namespace) -> bool:
     """All sections; whether every client got every byte."""
+    from bench_history import show_history
+
     versions = setup.versions(SIDES)
     sides = choose(options, versions)
     print()
@@ -477,6 +480,7 @@ def measure(setup: Setup, options: argparse.Namespace) -> bool:
         show_requests(setup, *((1, 200) if options.quick else (7, 3_000)))
         show_stalled(setup, max(numbers), options.rounds)
         show_tracker(setup, min(max(numbers), 1_000), *((3, 1.0) if options.quick else (20, 20.0)))
+        show_history(print_table, 1 if options.quick else 100)
     except Trouble as trouble:
         print(f"FAILED: {trouble}")
         return False
