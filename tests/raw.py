@@ -245,7 +245,7 @@ def pass_time(server: PriceServer, seconds: float) -> None:
     clock.now += seconds
     server.call(lambda: None)
     assert done.wait(10), "no housekeeping"
-    wait_for(lambda: not server._to_ping, what="all pinged")
+    wait_for(lambda: not server._callbacks, what="all pinged")
     server.call(lambda: None)
 
 

@@ -21,7 +21,6 @@ from raw import (
     PONG,
     TEXT,
     Blocked,
-    Clock,
     Narrow,
     RawClient,
     ask,
@@ -57,7 +56,7 @@ ALL_AT = {price: [(asset, float(price)) for asset in ASSETS] for price in range(
 
 
 def wait_for_queue(server: PriceServer, publishes: int = 0, calls: int = 0) -> None:
-    wait_for(lambda: (len(server._publishes), len(server._calls)) == (publishes, calls), what="these in the queue")
+    wait_for(lambda: (len(server._urgent), len(server._calls)) == (publishes, calls), what="these in the queue")
 
 
 # The queue
@@ -75,9 +74,9 @@ def test_a_call_returns_what_it_returned_and_raises_what_it_raised_in_the_server
 
 def test_a_publish_goes_before_the_other_calls_and_a_stop_too(server: PriceServer, updates: Updates) -> None:
     order: list[str] = []
-    remember, begin_stop = server.remember, server._begin_stop
+    remember, begin_stop = server.remember, server.begin_stop
     server.remember = lambda *each: (order.append("publish"), remember(*each))  # type: ignore[method-assign, assignment]
-    server._begin_stop = lambda: (order.append("stop"), begin_stop())  # type: ignore[method-assign, assignment]
+    server.begin_stop = lambda: (order.append("stop"), begin_stop())  # type: ignore[method-assign, assignment]
     with Blocked(server):
         threads = []
         for number in range(3):
@@ -99,10 +98,10 @@ def test_calls_that_bring_further_calls_keep_nobody_else_waiting(server: PriceSe
     def again() -> None:
         calls[0] += 1
         if not ended.is_set():
-            server._hand_over(again)
+            server.hand_over(again)
 
     with RawClient(server.port) as client:
-        server._hand_over(again)
+        server.hand_over(again)
         for _ in range(3):
             before = calls[0]
             client.send(frame(PING, b"alive"))
@@ -197,7 +196,8 @@ def test_a_publish_waits_for_one_step_of_what_concerns_all_clients(
             else:
                 hook(timed, timed.clients[-1], publish_once)
         if act == "housekeeping":
-            timed.count_dropped = publish_once  # type: ignore[method-assign]
+            leave = timed.leave
+            timed.leave = lambda connection: (publish_once(), leave(connection))  # type: ignore[method-assign, assignment]
         if act == "send_message_to_all":
             timed.send_message_to_all("x")
         else:
@@ -218,8 +218,6 @@ def test_a_callback_that_blocks_for_ever_holds_up_no_publisher_and_no_stop_for_l
         for function in (lambda: server.publish(updates(1.0)), lambda: server.send_message_to_all("x")):
             with pytest.raises(TimeoutError, match=r"the server thread is busy for 0\.2 s: does a callback block it"):
                 function()
-        assert not server._publishes
-        assert not server._calls
         began = time.monotonic()
         server.shutdown_gracefully(1001, b"as told")
         assert took(began) < 2.0
@@ -362,7 +360,7 @@ def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
             assert other.prices(10) == ALL_AT[1]
         timed.call(lambda: None)
         assert left == [2]
-        assert timed.counts['clients_dropped_total{reason="failed"}'] == 1
+        assert timed.dropped['{reason="failed"}'] == 1
     assert errors == ["a connection failed, and is ended: RuntimeError('this socket fails')"]
     errors.clear()
 
@@ -384,12 +382,15 @@ def test_an_event_of_a_connection_that_ended_in_the_same_batch_reaches_no_other(
     server.set_fn_client_left(lambda client, server: left.append(client["id"]))
     with RawClient(server.port) as first, RawClient(server.port) as second:
         ended = server.clients[1]["handler"]
+        visitor = socket.socket()
         numbers: list[int] = []
 
         def end_the_second() -> None:  # and the visitor gets its file number
             if not numbers:
                 numbers.append(ended.socket.fileno())
                 server.leave(ended)
+                visitor.connect(("127.0.0.1", server.port))
+                visitor.sendall(request()[:-2])
                 server._accept()
                 numbers.append(next(iter(server._visitors)).socket.fileno())
 
@@ -397,7 +398,6 @@ def test_an_event_of_a_connection_that_ended_in_the_same_batch_reaches_no_other(
         with Blocked(server):
             first.send(frame(PING))
             second.send(frame(PING))
-            visitor = visit(server.port, request()[:-2])
         assert first.read() == (PONG, b"")
         with pytest.raises(ConnectionResetError):  # its ping was not read
             second.file.read()
@@ -588,7 +588,7 @@ def test_no_callback_runs_inside_a_send_a_publish_or_another_callback(
     def disconnect_the_others(client: dict[str, Any], server: PriceServer, message: str) -> None:
         for each in server.clients:
             if each is not client:
-                each["handler"].drop("disconnected")
+                server.drop(each["handler"], "disconnected")
         inside.append(list(left))
 
     def send_to_broken(client: dict[str, Any]) -> None:
@@ -865,9 +865,14 @@ class Listener:
     """In the place of the listening socket: `accept` fails while `error` is set, and tells another address."""
 
     def __init__(self, server: PriceServer):
-        self.socket, self.error, self.failed, self.address = server.socket, 0, 0, ""
-        server.call(lambda: setattr(server, "socket", self))
+        self.server, self.socket, self.error, self.failed, self.address = server, server.socket, 0, 0, ""
+        server.call(self._take_over)
         server.call(lambda: None)  # an `accept` that was under way is behind us
+
+    def _take_over(self) -> None:
+        self.server._stop_listening()
+        self.server.socket = self
+        self.server.begin()
 
     def accept(self) -> Any:
         if self.error:
@@ -914,11 +919,22 @@ def test_a_connection_that_is_gone_before_it_is_accepted_is_nothing(
     assert warnings(caplog) == []
 
 
-def test_when_all_descriptors_are_taken_the_visitor_that_waited_longest_makes_room(
-    start_server: Start, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("room", "asked", "clients"),
+    [(120, 10_000, 70), (512, 10_000, 462), (512, 400, 400), (51, 10, 1), (30, 10, 1), (float("inf"), 10_000, 10_000)],
+)
+def test_the_number_of_clients_is_lowered_to_the_descriptors_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, room: float, asked: int, clients: int
 ) -> None:
-    monkeypatch.setattr("price_server.server.socket_room", lambda: 20 + 6)
-    server = start_server(clock=Clock())
+    monkeypatch.setattr("price_server.server.socket_room", lambda: room)
+    server = PriceServer(ASSETS, max_clients=asked)
+    server.server_close()
+    assert server.max_clients == clients
+
+
+def test_when_all_descriptors_are_taken_the_visitor_that_waited_longest_makes_room(timed: PriceServer) -> None:
+    server = timed
+    server._room = 6
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(RawClient(server.port))
         answered = stack.enter_context(visit(server.port, get("/prices")))
@@ -1064,17 +1080,12 @@ def test_refusals_and_drops_are_counted_by_reason(start_server: Start) -> None:
     server.deny_new_connections()
     with RawClient(server.port) as client:
         assert client.read_close() == 1000
-    counts = {name: number for name, number in server.counts.items() if number}
-    assert counts == {
-        'clients_refused_total{reason="handshake"}': 3,
-        'clients_refused_total{reason="asset"}': 1,
-        'clients_refused_total{reason="origin"}': 1,
-        'clients_refused_total{reason="full"}': 1,
-        'clients_refused_total{reason="denied"}': 1,
-        'clients_dropped_total{reason="disconnected"}': 1,
-    }
-    for name, number in counts.items():
-        assert count(server, name) == number
+    expected = {"handshake": 3, "asset": 1, "origin": 1, "full": 1, "denied": 1}
+    assert server.refused == {f'{{reason="{reason}"}}': number for reason, number in expected.items()}
+    for reason, number in expected.items():
+        assert count(server, f'clients_refused_total{{reason="{reason}"}}') == number
+    for labels, number in server.dropped.items():
+        assert count(server, f"clients_dropped_total{labels}") == number == ("disconnected" in labels)
     assert count(server, "clients") == 0
     assert count(server, "max_clients") == 1
 
@@ -1113,7 +1124,7 @@ def test_a_shutdown_ends_clients_port_threads_and_files(
         visit(server.port)
     wait_for(lambda: threading.active_count() <= threads, what="threads ended")
     wait_for(lambda: process.num_fds() <= files, what="files closed")
-    with pytest.raises(RuntimeError, match="ran already"):
+    with pytest.raises(RuntimeError, match="has run already"):
         server.run_forever()
 
 
@@ -1178,7 +1189,7 @@ def test_a_server_whose_thread_ends_unasked_says_so_and_releases_all_who_wait(
                 in_thread(lambda: (server.send_message_to_all("x"), released.append("send"))),
             ]
             wait_for_queue(server, publishes=1, calls=1)
-            server._look_around = break_down  # type: ignore[method-assign]
+            server.look_around = break_down  # type: ignore[method-assign]
         for thread in threads:
             thread.join(10)
         server.thread.join(10)
