@@ -1269,3 +1269,35 @@ def test_a_program_that_forgets_to_stop_its_server_still_ends() -> None:
     script = "from price_server import PriceServer\nPriceServer(('BTC',)).run_forever(threaded=True)\nprint('end')"
     with run_script(script) as process:
         assert process.communicate(timeout=10) == ("end\n", "")
+
+
+SELECT = """
+import selectors
+selectors.DefaultSelector = selectors.SelectSelector
+from price_server import PriceServer
+server = PriceServer(("BTC",))
+print(server.port, server.max_clients)
+server.run_forever()
+"""
+
+
+def test_with_windows_select_512_sockets_are_served_and_the_next_are_told(updates: Updates) -> None:
+    with run_script(SELECT) as process, contextlib.ExitStack() as stack:
+        assert process.stdout
+        port, most = map(int, process.stdout.readline().split())
+        assert most == 462
+        clients = [stack.enter_context(RawClient(port)) for _ in range(462)]
+        waiting = [stack.enter_context(visit(port, request()[:-2])) for _ in range(60)]
+        assert [ask(port, request())[0] for _ in range(3)] == [503] * 3
+        clients[0].send(frame(CLOSE, b"\x03\xe8"))
+        assert clients[0].read_close() == 1000
+        clients[0].__exit__()
+        wait_for(lambda: ask(port, request())[0] == 101, what="room for another")
+        for client in clients[1:]:
+            client.send(frame(PING, b"served"))
+            assert client.read() == (PONG, b"served")
+        assert read_all(waiting[0]) == b"", "it waited longest"
+        process.send_signal(signal.SIGINT)
+        assert clients[1].read()[0] == CLOSE
+        said = process.communicate(timeout=10)[1]
+        assert said == "WARNING:price_server.loop:full, clients connected: 462; the next ones get 503\n"
