@@ -323,6 +323,30 @@ class Blocked:
         self.thread.join(10)
 
 
+def preceded(function: Callable[..., Any], note: Callable[[], object]) -> Callable[..., Any]:
+    """The function, with a note made before it."""
+
+    def both(*arguments: Any) -> Any:
+        note()
+        return function(*arguments)
+
+    return both
+
+
+def one_after_the_other(*functions: Callable[[], object]) -> Callable[[], None]:
+    """All of these as one."""
+
+    def all_of_them() -> None:
+        for function in functions:
+            function()
+
+    return all_of_them
+
+
+def wait_for_value(read: Callable[[], object], value: object) -> None:
+    wait_for(lambda: read() == value, what=f"{value}")
+
+
 def in_thread(function: Callable[[], object]) -> threading.Thread:
     """A thread that runs it; daemon, so that one that hangs fails its test and not the run."""
     thread = threading.Thread(target=function, daemon=True)

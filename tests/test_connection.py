@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from raw import (
     last_connection,
     narrow,
     octets,
+    one_after_the_other,
     parse,
     pass_time,
     prices,
@@ -398,7 +400,7 @@ def test_an_untracked_asset_is_not_published_and_nothing_else_of_its_poll(server
         assert prices(client, 1) == [("ETH", 2.0)]
 
 
-def test_a_client_that_comes_during_urgent_misses_nothing(server: PriceServer, updates: Updates) -> None:
+def test_a_client_that_comes_during_publishes_misses_nothing(server: PriceServer, updates: Updates) -> None:
     server.publish(updates(1))
     with RawClient(server.port) as early:
         came = [early]
@@ -507,15 +509,20 @@ class Ragged(Narrow):
         return super().send(data)
 
 
-def test_a_thousand_urgent_to_ragged_sockets_tear_no_frame_and_end_with_the_last_price(
+def test_a_thousand_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_price(
     server: PriceServer, updates: Updates
 ) -> None:
     clients = [RawClient(server.port) for _ in range(6)]
     streams: dict[int, bytes] = {}
     readers = []
-    for seed, (client, known) in enumerate(zip(clients, server.clients, strict=True)):
-        server.call(lambda each=known["handler"], seed=seed: setattr(each, "socket", Ragged(each.socket, seed)))
-        readers.append(in_thread(lambda seed=seed, client=client: streams.update({seed: client.file.read()})))
+
+    def read(seed: int) -> None:
+        streams[seed] = clients[seed].file.read()
+
+    for seed, known in enumerate(server.clients):
+        handler = known["handler"]
+        server.call(partial(setattr, handler, "socket", Ragged(handler.socket, seed)))
+        readers.append(in_thread(partial(read, seed)))
     for price in range(1, 1_001):
         server.publish(updates(float(price)))
         if price % 50 == 0:
@@ -617,6 +624,22 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(serve
 # Deadlines
 
 
+class Past:
+    """Stands in for history: it keeps what was asked, and answers when the test does."""
+
+    def __init__(self, server: PriceServer, takes: bool = True):
+        self.takes = takes
+        self.asked: list[tuple[str, tuple[str, ...]]] = []
+        self.answer: Callable[[list[bytes] | None], None]
+        self.wanted: Callable[[], bool]
+        server.history.ask = self.ask  # type: ignore[method-assign, assignment]
+
+    def ask(self, name: str, assets: tuple[str, ...], answer: Any, wanted: Any) -> bool:
+        self.answer, self.wanted = answer, wanted
+        self.asked.append((name, assets))
+        return self.takes
+
+
 def test_the_limits_are_those_of_the_design() -> None:
     assert PriceServer.request_timeout == 10.0
     assert PriceServer.history_timeout == 10.0
@@ -649,12 +672,10 @@ def an_answer_behind_which_nobody_hangs_up(server: PriceServer) -> Callable[[], 
 
 
 def an_answer_of_4_mebibytes_that_nobody_takes(server: PriceServer) -> Callable[[], object]:
-    def ask_history(name: str, assets: object, answer: Callable[[list[bytes]], None], wanted: object) -> bool:
-        answer([b"x" * ((4 << 20) - 315)])  # the head is 315
-        return True
-
-    server.history.ask = ask_history  # type: ignore[method-assign]
+    past = Past(server)
     sock = visit(server.port, get("/history"), receive_buffer=4096)
+    wait_for(lambda: past.asked)
+    past.answer([b"x" * ((4 << 20) - 315)])  # the head is 315
     wait_for(lambda: server.held, what="an answer that waits")
     return lambda: sock.recv(1_000)
 
@@ -678,14 +699,18 @@ def a_close_that_a_full_socket_does_not_take(server: PriceServer) -> Callable[[]
     client = RawClient(server.port)
     narrowed = narrow(server)
     server.disconnect_clients_gracefully()
-    return lambda: (setattr(narrowed, "room", 1), client.send(frame(TEXT, b"X")))
+    return one_after_the_other(partial(setattr, narrowed, "room", 1), lambda: client.send(frame(TEXT, b"X")))
 
 
 def a_full_socket(server: PriceServer) -> Callable[[], object]:
     client = RawClient(server.port)
     narrowed = narrow(server)
     server.publish(poll(1.0))
-    return lambda: (setattr(narrowed, "room", 10), client.send(frame(PING)), server.publish(poll(2.0)))
+    return one_after_the_other(
+        partial(setattr, narrowed, "room", 10),
+        lambda: client.send(frame(PING)),
+        lambda: server.publish(poll(2.0)),
+    )
 
 
 def an_unfinished_message(server: PriceServer) -> Callable[[], object]:
@@ -805,13 +830,12 @@ def test_a_machine_that_slept_for_a_day_finds_its_clients_again(timed: PriceServ
 def test_an_answer_of_any_size_is_whole_at_a_slow_reader(server: PriceServer) -> None:
     body = [random.Random(1).randbytes(size) for size in (10, 300_000, 4_096, 0, 5, 5, 40_000, 1)]
 
-    def ask_history(name: str, assets: object, answer: Callable[[list[bytes]], None], wanted: object) -> bool:
-        answer(body)
-        return True
-
-    server.history.ask = ask_history  # type: ignore[method-assign]
+    past = Past(server)
     for data in (get("/history"), get("/history") + b"what comes behind is thrown away" * 300):
+        past.asked.clear()
         with visit(server.port, data, receive_buffer=4096) as sock:
+            wait_for(lambda: past.asked)
+            past.answer(body)
             head, _, came = read_all(sock).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200 OK\r\n")
             assert came == b"".join(body)
@@ -842,22 +866,6 @@ def test_a_client_that_hangs_up_without_a_close_is_gone_at_once(timed: PriceServ
 
 
 # A question to history
-
-
-class Past:
-    """Stands in for history: it keeps what was asked, and answers when the test does."""
-
-    def __init__(self, server: PriceServer, takes: bool = True):
-        self.takes = takes
-        self.asked: list[tuple[str, tuple[str, ...]]] = []
-        self.answer: Callable[[list[bytes] | None], None]
-        self.wanted: Callable[[], bool]
-        server.history.ask = self.ask  # type: ignore[method-assign]
-
-    def ask(self, name: str, assets: tuple[str, ...], answer: Any, wanted: Any) -> bool:
-        self.answer, self.wanted = answer, wanted
-        self.asked.append((name, assets))
-        return self.takes
 
 
 def test_a_question_to_history_is_answered_when_history_has_it(timed: PriceServer) -> None:
