@@ -245,7 +245,7 @@ def pass_time(server: PriceServer, seconds: float) -> None:
     clock.now += seconds
     server.call(lambda: None)
     assert done.wait(10), "no housekeeping"
-    wait_for(lambda: not server._to_ping, what="all pinged")
+    wait_for(lambda: not server._callbacks, what="all pinged")
     server.call(lambda: None)
 
 
@@ -321,6 +321,30 @@ class Blocked:
     def __exit__(self, *_: object) -> None:
         self.release.set()
         self.thread.join(10)
+
+
+def preceded(function: Callable[..., Any], note: Callable[[], object]) -> Callable[..., Any]:
+    """The function, with a note made before it."""
+
+    def both(*arguments: Any) -> Any:
+        note()
+        return function(*arguments)
+
+    return both
+
+
+def one_after_the_other(*functions: Callable[[], object]) -> Callable[[], None]:
+    """All of these as one."""
+
+    def all_of_them() -> None:
+        for function in functions:
+            function()
+
+    return all_of_them
+
+
+def wait_for_value(read: Callable[[], object], value: object) -> None:
+    wait_for(lambda: read() == value, what=f"{value}")
 
 
 def in_thread(function: Callable[[], object]) -> threading.Thread:

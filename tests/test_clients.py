@@ -1,7 +1,8 @@
 """Clients against a server as users run it: those of other makers, and hostile ones beside an honest one.
 
 Run as a program, this file is the hostile side (`python test_clients.py FUNCTION PORT`): a process of
-its own, so that its work does not delay what the tests measure.
+its own, so that its work does not delay what the tests measure. Where a promise is a number of seconds,
+the test allows for the time by which the machine itself was late meanwhile (`Lateness`).
 """
 
 import asyncio
@@ -21,7 +22,8 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +181,7 @@ def in_threads(run: Callable[[int], None]) -> None:
 
 
 def leave_together(port: int) -> None:
-    hold(port, 3_000)
+    hold(port, 2_000)
 
 
 def storm(port: int) -> None:
@@ -272,6 +274,37 @@ def come_together(port: int, number: int = 500) -> None:
                     selector.unregister(sock)
                     served += 1
     print(json.dumps([served, time.monotonic() - began]), flush=True)
+
+
+class Lateness:
+    """`with Lateness() as lateness:` measures how late this process wakes: what a busy machine adds to any wait."""
+
+    FACTOR = 4  # a wait that is measured goes through about so many wake-ups: CoinAPI's stand-in, tracker, client
+
+    def __init__(self) -> None:
+        self.longest = 0.0  # seconds
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.measure, daemon=True)
+
+    def measure(self) -> None:
+        before = time.monotonic()
+        while not self.ended.wait(0.005):
+            now = time.monotonic()
+            self.longest = max(self.longest, now - before - 0.005)
+            before = now
+
+    def __enter__(self) -> "Lateness":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def allows(self, seconds: float, promised: float) -> bool:
+        """Whether a wait of so many seconds keeps the promise."""
+        print(f"took {seconds:.3f} s of {promised} s; this process woke up to {self.longest:.3f} s late")
+        return seconds <= promised + self.FACTOR * self.longest
 
 
 class Swarm:
@@ -482,22 +515,26 @@ def visits() -> dict[str, Future[Visit]]:
     """All clients at once at one server, through 60 pings that each of them has to answer."""
     from coin_api import PriceUpdate
     from price_server import PriceServer
+    from price_server.connection import Connection
     from price_server.frames import Opcode, encode_frame
 
-    server = PriceServer(ASSETS)
+    def ping(payload: bytes) -> None:
+        for client in server.clients:
+            client["handler"].unanswered = 1
+            server.step(client["handler"], partial(client["handler"].send_frames, encode_frame(Opcode.PING, payload)))
+
+    def owes_a_pong(connection: Connection) -> bool:
+        return connection.unanswered > 0 and connection.state == "client"
+
+    server = PriceServer(ASSETS, clock=lambda: 0.0)  # which never pings by itself, however slow the machine is
     server.run_forever(threaded=True)
     url = f"ws://127.0.0.1:{server.port}/ws"
     with ThreadPoolExecutor(len(VISITS)) as pool:
         running = {name: pool.submit(visit, url) for name, visit in VISITS.items() if installed(name)}
-        wait_for(
-            lambda: len(server.clients) + [each.done() for each in running.values()].count(True) == len(running), 30
-        )
+        wait_for(lambda: len(server.clients) + sum(each.done() for each in running.values()) == len(running), 60)
         for number in range(1, 61):
-            for client in server.clients:
-                ping = encode_frame(Opcode.PING, random.randbytes(125) if number % 2 else b"")
-                client["handler"].unanswered = 1
-                server.call(lambda handler=client["handler"], ping=ping: handler.send_frames(ping))
-            wait_for(lambda: not any(client["handler"].unanswered for client in server.clients), what="all pongs")
+            server.call(partial(ping, random.randbytes(125) if number % 2 else b""))
+            wait_for(lambda: not any(owes_a_pong(client["handler"]) for client in server.clients), 30, "all pongs")
             server.publish([PriceUpdate(asset, float(number), "now") for asset in ASSETS])
     server.shutdown_gracefully()
     return running
@@ -510,7 +547,7 @@ def test_a_real_client_stays_through_sixty_pings_and_closes_with_1000(
     if name == "node" and shutil.which("node"):
         outside(*([] if installed(name) else ["the package ws of node"]))
     outside(*{"node": ["node"], "chromium": ["chromium", "chromedriver"]}.get(name, []))
-    assert visits[name].result(30) == Visit(messages=600, ponged=True, code=1000)
+    assert visits[name].result(60) == Visit(messages=600, ponged=True, code=1000)
 
 
 # Hostile clients beside an honest one
@@ -592,27 +629,24 @@ def feed() -> Iterator[Feed]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "longest"),
+    "kind",
     [
-        (never_read, 0.7),
-        (ping_and_never_read, 0.7),
-        (send_long_messages, 0.7),
-        (reset_at_once, 0.7),
-        (dribble, 0.7),
-        (send_garbage_requests, 0.7),
-        (send_random_frames, 0.7),
-        (leave_together, 1.1),
+        never_read,
+        ping_and_never_read,
+        send_long_messages,
+        reset_at_once,
+        dribble,
+        send_garbage_requests,
+        send_random_frames,
+        leave_together,
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_honest_client_misses_nothing_beside_clients_that(
-    feed: Feed, kind: Callable[..., None], longest: float
+def test_an_honest_client_waits_no_longer_and_misses_nothing_beside_clients_that(
+    feed: Feed, kind: Callable[..., None]
 ) -> None:
-    waited: list[float] = []
-    while not waited or (waited[-1] > longest and len(waited) < 3):  # another program may have had the processor
-        waited.append(feed.longest_wait_beside(kind))
-    print(f"{kind.__name__}: waited {waited} s")
-    assert waited[-1] <= longest
+    with Lateness() as lateness:
+        waited = feed.longest_wait_beside(kind)
+    assert lateness.allows(waited, 2 * Feed.INTERVAL + 0.2)
     for asset in ASSETS:
         seen = [price for _, each, price in list(feed.arrivals) if each == asset]
         assert seen == [seen[0] + number for number in range(len(seen))]
@@ -630,14 +664,10 @@ def test_bad_clients_leave_no_traceback_and_no_flood_in_the_log(feed: Feed) -> N
 def test_500_connections_in_the_same_moment_are_all_served_within_a_second() -> None:
     with Tracker("--demo") as tracker:
         wait_for_prices(tracker)
-        took: list[float] = []
-        while not took or (took[-1] >= 1.0 and len(took) < 3):  # another program may have had the processor
-            with Swarm(come_together, tracker.port) as swarm:
-                served, seconds = swarm.result()
-            assert served == 500
-            took.append(seconds)
-        print(f"500 served in {took} s")
-        assert min(took) < 1.0
+        with Swarm(come_together, tracker.port) as swarm, Lateness() as lateness:
+            served, seconds = swarm.result()
+        assert served == 500
+        assert lateness.allows(seconds, 1.0)
         assert "Traceback" not in tracker.text
 
 
@@ -676,7 +706,7 @@ def test_with_120_files_allowed_70_clients_are_served_and_the_others_told(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with Tracker("--demo", "--interval", "0.25") as tracker, ExitStack() as stack:
-        assert tracker.wait_for_log("--max-clients lowered from 10000 to 70: only 120 files may be open")
+        assert tracker.wait_for_log("--max-clients lowered from 10000 to 70")
         clients = [stack.enter_context(connect(tracker.port)) for _ in range(200)]
         refused: list[socket.socket] = []
         while len(refused) < 130:  # each hangs up when it is told, as real ones do
@@ -719,59 +749,50 @@ def test_without_a_free_file_the_clients_are_served_the_others_wait_and_nothing_
 # Stop
 
 
-def time_to_stop(run: Callable[[Tracker], float]) -> float:
-    """Seconds that a stop took; the last of three tries, because another program may have had the processor."""
-    took: list[float] = []
-    while not took or (took[-1] >= 2.0 and len(took) < 3):
-        with Tracker("--demo") as tracker:
-            wait_for_prices(tracker)
-            took.append(run(tracker))
+@contextmanager
+def stopping() -> Iterator[Callable[[Tracker], None]]:
+    """Gives the function that stops a tracker, within the 2 s that are promised."""
+    with Lateness() as lateness:
+
+        def stop(tracker: Tracker) -> None:
+            began = time.monotonic()
+            assert tracker.stop(seconds=30) == 0
+            assert lateness.allows(time.monotonic() - began, 2.0)
             assert "Traceback" not in tracker.text
-    print(f"stopped in {took} s")
-    return took[-1]
 
-
-def stop(tracker: Tracker) -> float:
-    """Seconds until the process has ended, with exit status 0."""
-    began = time.monotonic()
-    assert tracker.stop() == 0
-    return time.monotonic() - began
+        yield stop
 
 
 def test_8000_clients_get_close_1001_within_two_seconds_of_a_signal() -> None:
-    def run(tracker: Tracker) -> float:
+    with Tracker("--demo") as tracker, Swarm(hold, tracker.port, 8_000) as swarm, stopping() as stop:
+        wait_for_prices(tracker)
         threads = tracker.usage()[0]
-        with Swarm(hold, tracker.port, 8_000) as swarm:
-            swarm.wait_until_ready()
-            wait_for(lambda: tracker.usage()[0] <= threads, what="no thread per client")
-            took = stop(tracker)
-            assert swarm.result() == {"close 1001": 8_000}
-        return took
-
-    assert time_to_stop(run) < 2.0
+        swarm.wait_until_ready()
+        assert tracker.usage()[0] <= threads, "a thread per client"
+        stop(tracker)
+        assert swarm.result() == {"close 1001": 8_000}
 
 
 def test_clients_that_are_frozen_stuck_or_silent_do_not_hold_up_a_stop() -> None:
-    def run(tracker: Tracker) -> float:
-        with Swarm(be_stuck_and_silent, tracker.port) as bad, Swarm(hold, tracker.port, 1_000) as good:
-            bad.wait_until_ready()
-            good.wait_until_ready()
-            bad.process.send_signal(signal.SIGSTOP)
-            took = stop(tracker)
-            assert good.result() == {"close 1001": 1_000}
-        return took
-
-    assert time_to_stop(run) < 2.0
+    with ExitStack() as stack:
+        tracker = stack.enter_context(Tracker("--demo"))
+        bad = stack.enter_context(Swarm(be_stuck_and_silent, tracker.port))
+        good = stack.enter_context(Swarm(hold, tracker.port, 1_000))
+        stop = stack.enter_context(stopping())
+        wait_for_prices(tracker)
+        bad.wait_until_ready()
+        good.wait_until_ready()
+        bad.process.send_signal(signal.SIGSTOP)
+        stop(tracker)
+        assert good.result() == {"close 1001": 1_000}
 
 
 def test_a_stop_during_a_handshake_storm_takes_no_longer() -> None:
-    def run(tracker: Tracker) -> float:
-        with Swarm(storm, tracker.port) as swarm:
-            swarm.wait_until_ready()
-            wait_for(lambda: tracker.usage()[1] > 300, what="the storm")
-            return stop(tracker)
-
-    assert time_to_stop(run) < 2.0
+    with Tracker("--demo") as tracker, Swarm(storm, tracker.port) as swarm, stopping() as stop:
+        wait_for_prices(tracker)
+        swarm.wait_until_ready()
+        wait_for(lambda: tracker.usage()[1] > 300, what="the storm")
+        stop(tracker)
 
 
 if __name__ == "__main__":
