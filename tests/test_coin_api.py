@@ -23,7 +23,7 @@ import trustme
 from stand_in import HEADERS, KEY, OUT_OF_CREDITS, RATES, StandIn, rates_body
 
 import coin_api as module
-from coin_api import CoinApi, CoinApiError, DemoApi, PriceUpdate
+from coin_api import CoinApi, CoinApiError, DemoApi, PriceUpdate, one_line
 
 URL = "https://rest.coinapi.io/v1/exchangerate/USD"
 AT = "2021-10-20T21:34:13.0000000Z"
@@ -424,6 +424,13 @@ def test_no_error_shows_the_key_or_control_characters_wherever_they_come_from(
     assert KEY.lower() not in shown.lower()
 
 
+def test_a_line_for_the_log_costs_no_more_for_a_long_text() -> None:
+    text = "x" * 50_000_000
+    started = time.thread_time()
+    assert one_line(text) == "x" * 200 + "…"
+    assert time.thread_time() - started < 0.5
+
+
 def test_a_body_of_1_mib_makes_a_short_line_quickly(coin_api: StandIn) -> None:
     coin_api.say(b"\x1b" * 500_000 + KEY.encode() * 19_000, status=500)
     api = CoinApi(KEY, url=coin_api.url)
@@ -660,9 +667,12 @@ def test_a_proxy_that_cannot_be_one_is_a_failed_poll_without_its_password(
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: "])
 def test_a_proxy_that_drips_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 3.0)
     with Proxy(says, drips=True) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        started = time.monotonic()
         assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: no connection within 0.3 s"
+        assert time.monotonic() - started < 1.5
 
 
 def test_a_tls_handshake_that_does_not_end_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

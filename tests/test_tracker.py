@@ -650,6 +650,22 @@ def test_the_start_up_lines_name_the_addresses_and_what_the_interval_costs(
     assert done.log[:2] == [f"INFO {line}" for line in lines]
 
 
+def test_a_busy_thread_cannot_keep_the_interpreter_from_the_sending_one(
+    run_main: Callable[..., Done], made: list[FakePriceServer]
+) -> None:
+    before = sys.getswitchinterval()
+    try:
+        run_main("--demo")
+        assert sys.getswitchinterval() == pytest.approx(0.0002)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_the_log_level_is_the_least_that_is_logged(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:
+    assert [line.split()[0] for line in run_main("--demo", "--log-level", "error").log] == ["ERROR"]
+    assert "DEBUG polled: 10 prices" in run_main("--demo", "--log-level", "debug").log
+
+
 def test_a_server_that_ends_unasked_is_exit_1(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:
     done = run_main("--demo")
     assert done.status == 1
