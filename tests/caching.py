@@ -109,4 +109,4 @@ def soon_stale(folder: Path, *arguments: str, **environment: str) -> Tracker:
     program = folder / "soon_stale.py"
     program.write_text("import sys\nimport tracker\ntracker.PriceServer.stale_floor = 3.0\nsys.exit(tracker.main())\n")
     environment["PYTHONPATH"] = str(DEPLOY.parent)
-    return Tracker("--interval", "1", *arguments, program=str(program), **environment)
+    return Tracker("--interval", "1", *arguments, program=str(program), before=(), **environment)
