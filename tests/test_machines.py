@@ -31,7 +31,7 @@ def machines() -> Iterator[Machines]:
 
 def door_certificate(folder: Path) -> Path:
     """As the README's command makes it."""
-    command, _, _ = readme_block("CN=price-tracker-cache").partition("\ncp ")
+    command, _, _ = readme_block("CN=price-tracker-cache").partition("\ninstall ")
     command = put(command, ("/etc/nginx/", f"{folder}/"))
     subprocess.run(["sh", "-euc", command], check=True, stderr=subprocess.DEVNULL)
     file = folder / "price-tracker-cache.crt"
