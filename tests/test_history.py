@@ -312,11 +312,26 @@ def test_nothing_that_an_answer_raises_ends_the_thread(
     def answer(_: object) -> None:
         raise SystemExit("an answer's own error")
 
+    go_on = history.hold()
     history.ask("1h", ("BTC",), answer)
     history.poll("1")
-    assert history.points() == [[NOON, 1]]
-    assert [record.getMessage() for record in log.records] == ["history had an error, and goes on"]
+    threading.Timer(0.05, go_on.set).start()
+    assert history.points() == [[NOON, 1]]  # asked in the same moment
+    assert [record.getMessage() for record in log.records] == ["an answer of history had an error"]
     assert "an answer's own error" in log.text
+
+
+def test_a_poll_that_cannot_be_kept_does_not_end_the_thread(
+    past: Callable[..., Past], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = past()
+    with monkeypatch.context() as broken:
+        broken.setattr(history_module, "WRITE", "no SQL")
+        history.poll("1")
+        history.parts()
+    history.poll("2", at=NOON + 10)
+    assert history.points() == [[NOON + 10, 2]]
+    assert [record.getMessage() for record in log.records] == ["history had an error, and goes on"]
 
 
 def test_a_question_that_fails_is_answered_with_none(past: Callable[..., Past], log: pytest.LogCaptureFixture) -> None:
