@@ -15,7 +15,6 @@ import sqlite3
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,7 +122,7 @@ class History:
         # What other threads leave or look at. `_changed` guards it, and nobody holds it while waiting for a disk.
         self._changed = threading.Condition()
         self._waiting = Points()
-        self._questions: deque[Question] = deque()
+        self._questions: list[Question] = []
         self._stopping = False
         self._state = "opening" if file else "open"  # or "failing", when that was logged; "refused", for good
         self._reason = f"history file {file!r} does not answer"  # for failing or being refused
@@ -191,7 +190,7 @@ class History:
     # The thread
 
     def _run(self) -> None:
-        """Wait; keep what was polled, then answer one question; look after the file. Only `stop` ends it."""
+        """Wait; keep what was polled, look after the file, answer what was asked. Only `stop` ends it."""
         self._memory = sqlite3.connect(":memory:")
         self._memory.execute(TABLE)
         stopping = False
@@ -200,17 +199,17 @@ class History:
                 pause = self._next_look - time.monotonic()
                 self._changed.wait_for(lambda: self._waiting or self._questions or self._stopping, pause)
                 polls, self._waiting = self._waiting, Points()
-                question = self._questions.popleft() if self._questions else None
+                questions, self._questions = self._questions, []
                 stopping = self._stopping
             try:
                 if polls:
                     self._keep(polls)
-                if question:
-                    self._answer(question)
                 if stopping or time.monotonic() >= self._next_look:
                     self._look()
-            except BaseException:  # SystemExit too, which an answer may raise
+            except Exception:
                 logger.exception("history had an error, and goes on")
+            for question in questions:
+                self._answer(question)
         self._close()
         self._memory.close()
 
@@ -253,23 +252,23 @@ class History:
     # Questions
 
     def _answer(self, question: Question) -> None:
-        if not question.wanted():
-            return
         try:
-            parts = self._parts(question.span, question.assets)
-        except Exception:
-            logger.exception("a question to history failed")
-            question.answer(None)
-        else:
-            question.answer(parts)
+            if question.wanted():
+                question.answer(self._parts(question.span, question.assets))
+        except BaseException:  # SystemExit too, which may come from either
+            logger.exception("an answer of history had an error")
 
-    def _parts(self, span: Range, assets: tuple[str, ...]) -> list[bytes]:
+    def _parts(self, span: Range, assets: tuple[str, ...]) -> list[bytes] | None:
         now = self._wall_clock()
         if not self._answers or not 0 <= now - self._answers_time < FRESH:
             self._answers, self._answers_time = {}, now
-        if span not in self._answers:
-            self._answers[span] = self._read(span, now)
-        parts = [part for asset in assets for part in (b",", self._answers[span][asset])]
+        try:
+            if span not in self._answers:
+                self._answers[span] = self._read(span, now)
+            parts = [part for asset in assets for part in (b",", self._answers[span][asset])]
+        except Exception:
+            logger.exception("a question to history failed")
+            return None
         return [b"{", *parts[1:], b"}"]
 
     def _read(self, span: Range, now: float) -> dict[str, bytes]:

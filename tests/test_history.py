@@ -27,8 +27,10 @@ connect = sqlite3.connect  # some tests replace it
 class Clock:
     def __init__(self, now: float = NOON):
         self.now = now
+        self.asked = 0
 
     def __call__(self) -> float:
+        self.asked += 1
         return self.now
 
 
@@ -173,6 +175,7 @@ def test_a_range_has_the_last_point_of_each_step_and_none_that_is_too_old(
 
 
 def test_ranges_say_what_they_are_and_since_when_there_is_something(past: Callable[..., Past]) -> None:
+    assert Past().ranges == past().ranges  # before the start and after it
     history = past()
     before = history.ranges
     assert before == (
@@ -231,6 +234,18 @@ def test_without_polls_an_answer_is_made_anew_after_ten_seconds(past: Callable[.
     assert history.text() == '{"BTC":[],"ETH":[]}'
 
 
+def test_ranges_grow_old_without_polls_and_questions(
+    past: Callable[..., Past], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "FRESH", 0.02)
+    history = past()
+    history.poll("1")
+    assert history.since("1h") == NOON
+    history.clock.now = NOON + 3600
+    wait_for(lambda: history.ranges[0]["since"] is None)
+    assert history.ranges[1]["since"] == NOON
+
+
 # The clock
 
 
@@ -267,6 +282,15 @@ def test_its_thread_has_a_name_and_keeps_no_program_from_ending(past: Callable[.
     history.stop()
     assert not thread.is_alive()
     assert not history.ask("1h", ("BTC",), lambda _: None)
+
+
+def test_it_rests_while_nothing_comes(past: Callable[..., Past], file: Path) -> None:
+    for history in (past(), past(file)):
+        history.poll("1")
+        history.parts()
+        asked = history.clock.asked
+        time.sleep(0.1)
+        assert history.clock.asked == asked
 
 
 def test_it_can_be_stopped_without_having_been_started() -> None:
@@ -312,11 +336,26 @@ def test_nothing_that_an_answer_raises_ends_the_thread(
     def answer(_: object) -> None:
         raise SystemExit("an answer's own error")
 
+    go_on = history.hold()
     history.ask("1h", ("BTC",), answer)
     history.poll("1")
-    assert history.points() == [[NOON, 1]]
-    assert [record.getMessage() for record in log.records] == ["history had an error, and goes on"]
+    threading.Timer(0.05, go_on.set).start()
+    assert history.points() == [[NOON, 1]]  # asked in the same moment
+    assert [record.getMessage() for record in log.records] == ["an answer of history had an error"]
     assert "an answer's own error" in log.text
+
+
+def test_a_poll_that_cannot_be_kept_does_not_end_the_thread(
+    past: Callable[..., Past], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = past()
+    with monkeypatch.context() as broken:
+        broken.setattr(history_module, "WRITE", "no SQL")
+        history.poll("1")
+        history.parts()
+    history.poll("2", at=NOON + 10)
+    assert history.points() == [[NOON + 10, 2]]
+    assert [record.getMessage() for record in log.records] == ["history had an error, and goes on"]
 
 
 def test_a_question_that_fails_is_answered_with_none(past: Callable[..., Past], log: pytest.LogCaptureFixture) -> None:
@@ -548,18 +587,19 @@ def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("denied", "complaint"),
+    ("name", "denied", "complaint"),
     [
-        ("past.db", "must be readable and writable: change its permissions"),
-        ("", "gets files beside it: make '{}' writable"),
+        ("past.db", os.R_OK, "must be readable and writable: change its permissions"),
+        ("past.db", os.W_OK, "must be readable and writable: change its permissions"),
+        ("", os.W_OK, "gets files beside it: make '{}' writable"),
+        ("", os.X_OK, "gets files beside it: make '{}' writable"),
     ],
 )
 def test_what_may_not_be_written_is_refused(
-    filled: Path, monkeypatch: pytest.MonkeyPatch, denied: str, complaint: str
+    filled: Path, monkeypatch: pytest.MonkeyPatch, name: str, denied: int, complaint: str
 ) -> None:
-    path = os.path.join(os.path.realpath(filled.parent), denied).rstrip("/")
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda name, mode: str(name) != path and access(name, mode))
+    path = os.path.join(os.path.realpath(filled.parent), name).rstrip("/")
+    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != path or not mode & denied)
     before = snapshot(filled.parent)
     with pytest.raises(HistoryError) as refusal:
         Past(filled).start(5)
