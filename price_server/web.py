@@ -60,7 +60,7 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         self.refused = refused
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.headers = headers
 
 
 class Request(BaseHTTPRequestHandler):
