@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from http.client import HTTPResponse
-from typing import Any
+from typing import Any, BinaryIO
 
 from running import wait_for
 from websockets.frames import Frame, Opcode
@@ -101,6 +101,16 @@ def parse(stream: bytes) -> Iterator[tuple[int, bytes]]:
         yield read_frame(read)
 
 
+def read_head(file: BinaryIO) -> bytes:
+    """The head of an answer with its empty line, or what came of it before the end."""
+    head = b""
+    while line := file.readline():
+        head += line
+        if line == b"\r\n":
+            break
+    return head
+
+
 class RawClient:
     """A client that sends any bytes; `with RawClient(port) as client:` leaves it connected and upgraded."""
 
@@ -111,12 +121,10 @@ class RawClient:
         self.unsent = b""  # the rest of a frame
         self.file = self.socket.makefile("rb")
         self.socket.sendall((upgrade or request()) + behind)
-        self.status = self.file.readline()
-        while self.file.readline() not in (b"\r\n", b""):
-            pass
+        self.status = read_head(self.file).partition(b"\r\n")[0]
 
     def __enter__(self) -> "RawClient":
-        assert self.status == b"HTTP/1.1 101 Switching Protocols\r\n"
+        assert self.status == b"HTTP/1.1 101 Switching Protocols"
         return self
 
     def __exit__(self, *_: object) -> None:

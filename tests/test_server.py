@@ -93,7 +93,8 @@ def test_a_publish_goes_before_the_other_calls_and_a_stop_too(
         wait_for(lambda: server._stop_asked)
     for thread in threads:
         thread.join(10)
-    assert order == ["publish", "stop", "call", "call", "call"]
+    assert sorted(order[:2]) == ["publish", "stop"]
+    assert order[2:] == ["call", "call", "call"]
 
 
 def test_calls_that_bring_further_calls_keep_nobody_else_waiting(server: PriceServer) -> None:
@@ -508,7 +509,7 @@ def test_a_callback_that_raises_reaches_no_client_and_nobody_is_forgotten(
         client.send("one")
         client.send("two")
         assert client.ping().wait(5)
-    wait_for(lambda: len(calls) == 4)
+    wait_for(lambda: len(errors) == 3)
     assert calls == ["came", "message", "message", "left"]
     assert errors == [f"the callback {name} failed" for name in ("new_client", "message_received", "client_left")]
     errors.clear()
