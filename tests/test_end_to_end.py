@@ -306,6 +306,20 @@ def test_there_are_five_threads_at_any_number_of_clients() -> None:
         assert tracker.usage()[0] == 5
 
 
+def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:
+    if not Path("/proc/self/task").exists():
+        pytest.skip("asks /proc")
+    wanted = sum(1 << (number - 1) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    with Tracker("--demo") as tracker:
+        blocked = {}
+        for task in Path(f"/proc/{tracker.process.pid}/task").iterdir():
+            mask = re.search(r"^SigBlk:\s*([0-9a-f]+)$", (task / "status").read_text(), re.MULTILINE)
+            assert mask
+            blocked[int(task.name)] = int(mask[1], 16) & wanted
+        assert blocked.pop(tracker.process.pid) == 0
+        assert list(blocked.values()) == [wanted] * 4
+
+
 def test_a_server_thread_that_ends_unasked_ends_the_program_with_status_1(tmp_path: Path) -> None:
     program = changed(
         tmp_path,

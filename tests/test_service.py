@@ -206,6 +206,7 @@ def connects(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks /proc")
 def test_a_closed_stderr_puts_no_line_of_the_log_into_a_socket() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -213,6 +214,7 @@ def test_a_closed_stderr_puts_no_line_of_the_log_into_a_socket() -> None:
     with subprocess.Popen(["sh", "-c", f"{command} 2>&-"]) as process:
         try:
             wait_for(lambda: connects(port))
+            assert Path(f"/proc/{process.pid}/fd/2").readlink() == Path("/dev/null")
             with connect(f"ws://127.0.0.1:{port}/ws", max_queue=None) as client:
                 for _ in range(50):
                     assert json.loads(client.recv(timeout=5))["asset_id"]

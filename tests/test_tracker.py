@@ -670,6 +670,10 @@ def test_a_server_that_ends_unasked_is_exit_1(run_main: Callable[..., Done], mad
     done = run_main("--demo")
     assert done.status == 1
     assert done.log[-1] == "ERROR the server's thread has ended"
+    pollers = [thread for thread in threading.enumerate() if thread.name == "poller"]
+    for poller in pollers:
+        poller.join(2)  # its interval is 5 s
+        assert not poller.is_alive()
 
 
 def test_a_history_file_that_cannot_be_used_is_exit_2(
