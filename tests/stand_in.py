@@ -121,7 +121,7 @@ class StandIn:
         self.answer = self.send_rates
 
     def __enter__(self) -> "StandIn":
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -529,7 +529,7 @@ def test_what_the_unit_runs_is_a_command_that_the_program_takes(name: str, tmp_p
     history = Path(arguments[arguments.index("--history") + 1])
     history.parent.mkdir()
     with Tracker(*arguments) as tracker:
-        assert tracker.find("DEMO, simulated prices: .* every 1 s")
+        tracker.wait_for_log("DEMO, simulated prices: .* every 1 s")
         assert history.is_file()
 
 
