@@ -46,6 +46,7 @@ from raw import (
     read_head,
     request,
     visit,
+    wait_for_value,
     widen,
 )
 from running import ASSETS, wait_for
@@ -859,7 +860,10 @@ def test_a_question_to_history_is_answered_when_history_has_it(timed: PriceServe
 
 def test_a_question_that_history_does_not_answer_within_10_s_is_503(timed: PriceServer) -> None:
     past = Past(timed)
-    with visit(timed.port, get("/history")) as sock:
+    with visit(timed.port, get("/history")[:-2]) as sock:
+        wait_for_value(lambda: connections(timed), 1)
+        pass_time(timed, 5.0)
+        sock.sendall(b"\r\n")
         wait_for(lambda: past.asked)
         pass_time(timed, 9.5)
         assert past.wanted()
@@ -895,12 +899,20 @@ def filled(start_server: Start, assets: tuple[str, ...], hours: float = 1.0) -> 
     return server
 
 
+def ask_and_never_read(server: PriceServer, paths: list[str]) -> list[socket.socket]:
+    """Visitors whose answers wait in the server; they come one by one, as over 100 questions at once are refused."""
+    visitors = []
+    for number, path in enumerate(paths, 1):
+        visitors.append(visit(server.port, get(path), receive_buffer=4096))
+        wait_for_value(lambda: server.call(lambda: sum(each.held > 0 for each in server._answered)), number)
+    return visitors
+
+
 def test_200_visitors_that_ask_for_the_past_and_never_read_hold_it_once(start_server: Start) -> None:
     server = filled(start_server, ASSETS)
     _, _, body = ask(server.port, get("/history"))
     assert len(body) > 60_000
-    visitors = [visit(server.port, get("/history"), receive_buffer=4096) for _ in range(200)]
-    wait_for(lambda: server.call(lambda: sum(each.held > 0 for each in server._answered)) == 200, 30)
+    visitors = ask_and_never_read(server, ["/history"] * 200)
     print(f"200 visitors hold {server.held} bytes; one answer has {len(body)}")
     assert server.held < len(body) + 200 * 1_000
     for visitor in visitors:
@@ -914,11 +926,8 @@ def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(st
     server = filled(start_server, assets)
     _, _, body = ask(server.port, get("/history"))
     chance = random.Random(2)
-    visitors = []
-    for _ in range(100):
-        some = ",".join(chance.sample(assets, 35))
-        visitors.append(visit(server.port, get(f"/history?assets={some}"), receive_buffer=4096))
-    wait_for(lambda: server.call(lambda: sum(each.held > 0 for each in server._answered)) == 100, 30)
+    subsets = [",".join(chance.sample(assets, 35)) for _ in range(100)]
+    visitors = ask_and_never_read(server, [f"/history?assets={subset}" for subset in subsets])
     print(f"100 visitors hold {server.held} bytes; all assets have {len(body)}")
     assert server.held < 1.1 * len(body) + 100 * 1_000
     for visitor in visitors:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -1232,10 +1232,19 @@ def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_behind(server: Pr
 # In a process of its own
 
 
-def run_script(script: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@contextlib.contextmanager
+def run_script(script: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that runs this; it is killed at the end, and after half a minute in any case."""
+    command = [sys.executable, "-u", "-c", script]
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        alarm = threading.Timer(30, process.kill)
+        alarm.start()
+        stack.callback(process.kill)
+        stack.callback(alarm.cancel)
+        yield process
 
 
 FOREGROUND = """
