@@ -243,11 +243,11 @@ class History:
 
     def _show_ranges(self) -> None:
         now = self._wall_clock()
-        found = [self._memory.execute(READ_OLDEST, self._within(span, now)).fetchone() for span in RANGES]
-        self.ranges = tuple(
-            span._asdict() | {"since": round(row[0], 3) if row else None}
-            for span, row in zip(RANGES, found, strict=True)
-        )
+        shown = []
+        for span in RANGES:
+            row = self._memory.execute(READ_OLDEST, self._within(span, now)).fetchone()
+            shown.append(span._asdict() | {"since": round(row[0], 3) if row else None})
+        self.ranges = tuple(shown)
 
     # Questions
 
