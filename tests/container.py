@@ -44,7 +44,7 @@ def base_image() -> Path:
     if not base.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            include = "--include=python3,python3-venv,ca-certificates"
+            include = "--include=python3,python3-venv"
             subprocess.run(["debootstrap", "--variant=minbase", include, SUITE, f"{folder}/root"], check=True)
             leave_out = [
                 f"--exclude=./{path}" for path in ("dev/*", "proc/*", "sys/*", "var/cache/apt/*", "var/lib/apt/lists/*")
@@ -65,7 +65,7 @@ class Image:
 
     def __enter__(self) -> "Image":
         scratch = self.buildah("from", "scratch")
-        self.buildah("add", scratch, str(base_image()), "/")
+        subprocess.run(["tar", "-C", self.buildah("mount", scratch), "-xf", base_image()], check=True)
         self.buildah("commit", scratch, "localhost/base")
         # How this machine reaches PyPI is its own affair, and no line of the Dockerfile.
         settings = [f"--env={name}={value}" for name, value in os.environ.items() if name.startswith("PIP_")]
@@ -83,8 +83,7 @@ class Image:
 
     def __exit__(self, *_: object) -> None:
         self.buildah("umount", "--all")
-        self.buildah("rm", "--all")
-        self.buildah("rmi", "--all", "--force")
+        shutil.rmtree(self.folder)  # a second, where buildah's own way takes ten
 
     def buildah(self, *arguments: str) -> str:
         done = subprocess.run([*self.command, *arguments], capture_output=True, text=True)
