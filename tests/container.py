@@ -8,7 +8,8 @@ import signal
 import subprocess
 import tempfile
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,29 @@ exec chroot --userspec="$user" --groups= "$root" "$@"
 """
 
 
+@contextmanager
+def in_memory(folder: Path) -> Iterator[Path]:
+    """The folder, in memory for as long as the block lasts: thousands of small files come and go in no time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3g", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--recursive", folder], check=True)
+
+
 def base_image() -> Path:
     """A Debian with Python, as a tar file; the first time it takes debootstrap a minute to make it."""
     base = CACHE / f"debian-{SUITE}.tar"
     if not base.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            include = "--include=python3,python3-venv"
-            subprocess.run(["debootstrap", "--variant=minbase", include, SUITE, f"{folder}/root"], check=True)
-            leave_out = [
-                f"--exclude=./{path}" for path in ("dev/*", "proc/*", "sys/*", "var/cache/apt/*", "var/lib/apt/lists/*")
-            ]
-            subprocess.run(["tar", "-C", f"{folder}/root", "-cf", f"{folder}/tar", *leave_out, "."], check=True)
-            Path(folder, "tar").rename(base)
+        with tempfile.TemporaryDirectory(dir=CACHE) as place, in_memory(Path(place, "memory")) as root:
+            command = ["debootstrap", "--variant=minbase", "--include=python3,python3-venv", SUITE, str(root)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            nobody_needs = ("dev/*", "proc/*", "sys/*", "var/cache/apt/*", "var/lib/apt/lists/*")
+            leave_out = [f"--exclude=./{path}" for path in nobody_needs]
+            subprocess.run(["tar", "-C", root, "-cf", f"{place}/tar", *leave_out, "."], check=True)
+            Path(place, "tar").rename(base)
     return base
 
 
@@ -60,10 +71,17 @@ class Image:
     def __init__(self, folder: Path):
         outside("buildah", "debootstrap", "unshare", "nsenter")
         only_root()
-        self.folder = folder
         self.command = ["buildah", "--root", f"{folder}/storage", "--runroot", f"{folder}/run"]
+        self._stack = ExitStack()
+        self._stack.enter_context(in_memory(folder))
 
     def __enter__(self) -> "Image":
+        with self._stack:
+            self._build()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _build(self) -> None:
         scratch = self.buildah("from", "scratch")
         subprocess.run(["tar", "-C", self.buildah("mount", scratch), "-xf", base_image()], check=True)
         self.buildah("commit", scratch, "localhost/base")
@@ -79,11 +97,9 @@ class Image:
         self.config: dict[str, Any] = inspected["Docker"]["config"]
         self.container = self.buildah("from", "localhost/price-tracker")
         self.root = Path(self.buildah("mount", self.container))
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self.buildah("umount", "--all")
-        shutil.rmtree(self.folder)  # a second, where buildah's own way takes ten
+        self._stack.close()
 
     def buildah(self, *arguments: str) -> str:
         done = subprocess.run([*self.command, *arguments], capture_output=True, text=True)
