@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from crowd import Crowd
-from proxies import DEPLOY, Certificate, HAProxy, deployed, free_port, get, make_certificate
+from proxies import DEPLOY, Certificate, HAProxy, deployed, free_port, get, make_certificate, put, readme_block
 from running import ASSETS, Tracker, outside, wait_for
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -375,6 +375,19 @@ def test_page_shows_moving_prices_over_http_2_its_websocket_included(
         browser.quit()
     # HAProxy tells a request when it ends: the WebSocket's now.
     wait_for(lambda: re.search(r'"GET https://\S+/ws\S* HTTP/2.0"', proxy.log.read_text()), what="/ws over HTTP/2")
+
+
+def test_haproxy_takes_the_file_with_the_certificate_that_the_readme_makes_for_the_start(tmp_path: Path) -> None:
+    outside("haproxy", "openssl")
+    pem = tmp_path / "price-tracker.pem"
+    (command,) = re.findall(r"^openssl .*\n.*\n", readme_block("certbot certonly"), re.MULTILINE)
+    command = put(command, ("/etc/haproxy/price-tracker.pem", pem))
+    subprocess.run(["sh", "-euc", command], check=True, capture_output=True)
+    assert pem.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "haproxy.cfg").write_text(deployed("haproxy.cfg", ("/etc/haproxy/price-tracker.pem", pem)))
+    checked = subprocess.run(["haproxy", "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert "WARNING" not in checked.stderr
 
 
 def test_certbot_hook_joins_chain_and_key_and_the_new_certificate_is_served(
