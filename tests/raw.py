@@ -249,6 +249,7 @@ def pass_time(server: PriceServer, seconds: float) -> None:
         if server._next_check > clock.now:  # or it began before the time passed
             done.set()
 
+    server.call(lambda: None)  # a step that is under way still sets its deadline by the old time
     server.service_actions = note  # type: ignore[method-assign]
     clock.now += seconds
     server.call(lambda: None)

@@ -571,7 +571,7 @@ def test_a_file_whose_content_was_changed_is_refused_and_stays_as_it_was(filled:
     content[8192:8292] = b"x" * 100
     filled.write_bytes(content)
     before = snapshot(filled.parent)
-    with pytest.raises(HistoryError, match=r"^history file '\S+past.db' is damaged \(Page 3: .*\): put a copy"):
+    with pytest.raises(HistoryError, match=r"^history file '\S+past.db' is damaged \(.*[Pp]age 3: .*\): put a copy"):
         Past(filled).start(5)
     assert snapshot(filled.parent) == before
 

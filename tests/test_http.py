@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
+from raw import Clock, pass_time
 from running import ASSETS, wait_for
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -22,25 +23,6 @@ from price_server import PriceServer
 
 Start = Callable[..., PriceServer]
 Updates = Callable[[float], list[PriceUpdate]]
-
-
-class Clock:
-    """Seconds that a test sets."""
-
-    now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def set(self, server: PriceServer, now: float) -> None:
-        """At least half a second on; housekeeping that is due by then has been done."""
-        done = threading.Event()
-        server.call(lambda: None)  # a step that is under way still has the old time
-        # Called at the end of housekeeping. A call could not tell: it is also taken in the middle of it.
-        server.service_actions = lambda: done.set() if server._next_check > now else None  # type: ignore[method-assign]
-        self.now = now
-        server.call(lambda: None)
-        assert done.wait(5)
 
 
 def get(server: PriceServer, path: str, method: str = "GET") -> requests.Response:
@@ -107,14 +89,13 @@ def test_an_answer_reaches_a_visitor_that_is_still_sending(server: PriceServer) 
 
 
 def test_the_server_ends_an_answer_first_and_hangs_up_when_the_visitor_does_not(start_server: Start) -> None:
-    clock = Clock()
-    server = start_server(clock=clock)
+    server = start_server(clock=Clock())
     with visit(server, b"GET /prices HTTP/1.1\r\nHost: x\r\n\r\n") as visitor:
         assert read(visitor).endswith(b"[]")  # FIN has come, though this side goes on
-        clock.set(server, 1_001.9)
+        pass_time(server, 1.9)
         visitor.sendall(b"x")
         assert server.call(lambda: len(server._answered)) == 1
-        clock.set(server, 1_002.6)
+        pass_time(server, 0.6)
         assert server.call(lambda: len(server._answered)) == 0
         with pytest.raises(ConnectionError):
             visitor.sendall(b"x" * 10_000_000)
@@ -171,44 +152,41 @@ def test_history_is_pairs_of_epoch_seconds_and_price(start_server: Start, update
 
 
 @pytest.fixture
-def filled(start_server: Start, updates: Updates) -> tuple[PriceServer, Clock]:
-    """A server with an hour in its past, so that /history is large, and its steady clock."""
+def filled(start_server: Start, updates: Updates) -> PriceServer:
+    """A server with an hour in its past, so that /history is large."""
     now = 1_800_000_000.0
-    clock = Clock()
-    server = start_server(clock=clock, wall_clock=lambda: now)
+    server = start_server(clock=Clock(), wall_clock=lambda: now)
     for poll in range(360):
         now += 10
         server.publish(updates(poll + 0.123))
-    return server, clock
+    return server
 
 
 ASK = b"GET /history HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-def test_a_large_answer_arrives_whole_however_slowly_it_is_taken(filled: tuple[PriceServer, Clock]) -> None:
-    server, clock = filled
-    with visit(server, ASK, receive_buffer=2_048) as visitor:
-        answer = visitor.recv(1_000)
-        while data := visitor.recv(4_000):
-            answer += data
-            if len(answer) < 40_000:
-                clock.set(server, clock.now + 1)
+def test_a_large_answer_arrives_whole_however_slowly_it_is_taken(filled: PriceServer) -> None:
+    with visit(filled, ASK, receive_buffer=2_048) as visitor:
+        answer = b""
+        for _ in range(25):
+            answer += visitor.recv(1_000)
+            pass_time(filled, 1)
+        answer += read(visitor)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}\r\n".encode() in head
     assert [len(points) for points in json.loads(body).values()] == [360] * 10
 
 
-def test_taking_an_answer_has_30_s_and_one_more_for_each_8_kib(filled: tuple[PriceServer, Clock]) -> None:
-    server, clock = filled
-    size = len(raw(server, ASK))
+def test_taking_an_answer_has_30_s_and_one_more_for_each_8_kib(filled: PriceServer) -> None:
+    size = len(raw(filled, ASK))
     assert size > 80_000
-    wait_for(lambda: not server._answered)
-    with visit(server, ASK, receive_buffer=2_048) as visitor:
+    wait_for(lambda: not filled._answered)
+    with visit(filled, ASK, receive_buffer=2_048) as visitor:
         visitor.recv(1)  # it is being answered
-        clock.set(server, clock.now + 30 + size // 8_192)
-        assert len(server._answered) == 1
-        clock.set(server, clock.now + 2)
-        assert len(server._answered) == 0
+        pass_time(filled, 30 + size // 8_192)
+        assert len(filled._answered) == 1
+        pass_time(filled, 2)
+        assert len(filled._answered) == 0
         received = 1
         try:
             received += len(read(visitor))
@@ -217,18 +195,15 @@ def test_taking_an_answer_has_30_s_and_one_more_for_each_8_kib(filled: tuple[Pri
         assert received < size
 
 
-def test_history_fetched_a_hundred_times_a_second_delays_no_poll(
-    filled: tuple[PriceServer, Clock], updates: Updates
-) -> None:
-    server, _ = filled
+def test_history_fetched_a_hundred_times_a_second_delays_no_poll(filled: PriceServer, updates: Updates) -> None:
     stop, fetched = threading.Event(), list[int]()
 
     def fetch() -> None:
         while not stop.wait(0.04):  # four threads: 100 a second
-            fetched.append(len(get(server, "/history").content))
+            fetched.append(len(get(filled, "/history").content))
 
-    threads = [threading.Thread(target=fetch) for _ in range(4)]
-    with connect(f"ws://127.0.0.1:{server.port}/ws", proxy=None, max_queue=None) as client:
+    threads = [threading.Thread(target=fetch, daemon=True) for _ in range(4)]
+    with connect(f"ws://127.0.0.1:{filled.port}/ws", proxy=None, max_queue=None) as client:
         for _ in ASSETS:
             client.recv(5)
         for thread in threads:
@@ -237,7 +212,7 @@ def test_history_fetched_a_hundred_times_a_second_delays_no_poll(
         for poll in range(12):
             wait_for(lambda poll=poll: len(fetched) > poll * 4)  # type: ignore[misc]
             started = time.monotonic()
-            server.publish(updates(float(poll)))
+            filled.publish(updates(float(poll)))
             assert [json.loads(client.recv(5))["price"] for _ in ASSETS] == [float(poll)] * 10
             longest = max(longest, time.monotonic() - started)
         stop.set()
@@ -298,15 +273,14 @@ def test_metrics_count_what_happened(start_server: Start, updates: Updates) -> N
 def test_stale_prices_are_one_line_in_the_log(
     start_server: Start, updates: Updates, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock()
-    server = start_server(clock=clock)
+    server = start_server(clock=Clock())
     server.publish(updates(1.0))
-    clock.set(server, 1_060.0)
+    pass_time(server, 60.0)
     assert caplog.messages == []
-    for now in (1_061.0, 1_062.0, 1_200.0):
-        clock.set(server, now)
+    for seconds in (1.0, 1.0, 100.0):
+        pass_time(server, seconds)
         assert caplog.messages == ["prices are stale: no successful poll for 61 s"]
     server.publish(updates(1.0))
-    clock.set(server, 1_201.0)
-    clock.set(server, 1_301.0)
+    pass_time(server, 1.0)
+    pass_time(server, 100.0)
     assert caplog.messages[1:] == ["prices are stale: no successful poll for 101 s"]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from raw import Clock
 
 from coin_api import PriceUpdate
 from price_server import web
@@ -34,15 +35,6 @@ HEADERS = {  # the handshake of RFC 6455, 1.3
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
     "Sec-WebSocket-Version": "13",
 }
-
-
-class Clock:
-    """Seconds that a test sets."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Got(NamedTuple):
@@ -116,7 +108,9 @@ def poll(figures: Figures, **prices: float) -> None:
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    clock = Clock()
+    clock.now = 0.0
+    return clock
 
 
 @pytest.fixture
