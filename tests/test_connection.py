@@ -438,7 +438,8 @@ def test_a_slow_reader_of_400_assets_gets_every_one_in_turn(start_server: Start)
 
 def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_prices(start_server: Start) -> None:
     server = start_server(THREE)
-    for room in (0, 10, 128, 129, 130, 129 + SIZE, 140 + SIZE):
+    rooms = (0, 10, 128, 129, 130, 129 + SIZE, 140 + SIZE)
+    for room, later in itertools.product(rooms, (poll(2.0), poll(2.0)[:2], [])):
         server.publish(poll(1.0))
         with visit(server.port, request()[:-2]) as sock, sock.makefile("rb") as file:
             wait_for(lambda: connections(server) == 1)
@@ -447,7 +448,7 @@ def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_p
             narrowed.room = room
             sock.sendall(b"\r\n")
             wait_for(lambda: server.clients)
-            server.publish(poll(2.0))
+            server.publish(later)
             widen(server, narrowed)
             head = read_head(file)
             assert head.startswith(b"HTTP/1.1 101 ")
@@ -457,8 +458,10 @@ def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_p
             assert close[0] == CLOSE
         begun = max(-(-(room - 129) // SIZE), 0)
         came = [(update["asset_id"], update["price"]) for update in (json.loads(data) for _, data in frames)]
-        order = [*THREE[begun:], *THREE[:begun]]
-        assert came == [(each, 1.0) for each in THREE[:begun]] + [(each, 2.0) for each in order]
+        changed = [update.asset_id for update in later]
+        rest = [(each, 2.0 if each in changed else 1.0) for each in THREE[begun:]]
+        again = [(each, 2.0) for each in THREE[:begun] if each in changed]
+        assert came == [(each, 1.0) for each in THREE[:begun]] + rest + again
         wait_for(lambda: connections(server) == 0)
 
 
