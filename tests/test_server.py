@@ -438,7 +438,7 @@ def test_after_50_ms_of_a_batch_the_loop_looks_around(server: PriceServer) -> No
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(RawClient(server.port)) for _ in range(20)]
         for each in server.clients:  # whichever is served first
-            hook(server, each, lambda: unheard or time.sleep(0.06))
+            hook(server, each, lambda: unheard or threading.Event().wait(0.06))
         with Blocked(server):
             for client in clients:
                 client.send(frame(TEXT, b"x"))
@@ -1131,7 +1131,10 @@ def test_a_shutdown_ends_clients_port_threads_and_files(
         server.run_forever()
 
 
-def test_a_stop_waits_for_the_closes_and_for_answers_under_way_and_for_nothing_else(timed: PriceServer) -> None:
+@pytest.mark.parametrize("answer_first", [True, False])
+def test_a_stop_waits_for_the_closes_and_for_answers_under_way_and_for_nothing_else(
+    timed: PriceServer, answer_first: bool
+) -> None:
     timed.stop_timeout = 20.0
     received: list[str] = []
     timed.set_fn_new_client(lambda client, server: received.append("came"))
@@ -1152,13 +1155,19 @@ def test_a_stop_waits_for_the_closes_and_for_answers_under_way_and_for_nothing_e
             visit(timed.port)
         timed.publish([PriceUpdate("BTC", 1.0, "t")])
         timed.send_message_to_all("late")
-        narrowed.room = 1 << 20
-        assert read_all(taking).endswith(b"\r\n\r\n[]")
-        taking.close()
-        assert thread.is_alive()
+        if answer_first:
+            narrowed.room = 1 << 20
+            assert read_all(taking).endswith(b"\r\n\r\n[]")
+            taking.close()
+            wait_for_value(lambda: connections(timed), 1)
         client.send(frame(CLOSE, b"\x03\xe9"))
         client.socket.shutdown(socket.SHUT_WR)
         assert client.file.read() == b""
+        if not answer_first:
+            gone(timed)
+            narrowed.room = 1 << 20
+            assert read_all(taking).endswith(b"\r\n\r\n[]")
+            taking.close()
         thread.join(10)
         assert not thread.is_alive()
     assert received == ["came"]
