@@ -30,8 +30,9 @@ def start_server() -> Iterator[Callable[..., PriceServer]]:
 
         def start(assets: tuple[str, ...] = ASSETS, **options: object) -> PriceServer:
             server = PriceServer(assets, **options)  # type: ignore[arg-type]
-            stack.callback(server.shutdown_gracefully)
             server.run_forever(threaded=True)
+            stack.callback(server.thread.join, 10)  # the stop itself waits only so long
+            stack.callback(server.shutdown_gracefully)
             return server
 
         yield start

@@ -23,6 +23,7 @@ from raw import (
     PING,
     PONG,
     TEXT,
+    Blocked,
     Clock,
     Narrow,
     RawClient,
@@ -158,6 +159,18 @@ def test_a_pong_has_the_exact_bytes_of_the_ping(client: RawClient) -> None:  # 2
 def test_an_unsolicited_pong_is_ignored(client: RawClient) -> None:  # 2.7 to 2.9
     client.send(frame(PONG) + frame(PONG, b"unsolicited pong payload") + frame(PING, b"ping payload"))
     assert client.read() == (PONG, b"ping payload")
+
+
+def test_one_send_answers_all_the_pings_of_a_turn(server: PriceServer) -> None:
+    sends: list[int] = []
+    with RawClient(server.port) as client:
+        connection = last_connection(server)
+        counted = Narrow(connection.socket)
+        server.call(partial(setattr, connection, "socket", counted))
+        counted.send = lambda data: sends.append(len(data)) or counted.socket.send(data)  # type: ignore
+        client.send(b"".join([frame(PING, b"%d" % number) for number in range(100, 200)]))
+        assert [client.read() for _ in range(100)] == [(PONG, b"%d" % number) for number in range(100, 200)]
+    assert sends == [500]
 
 
 @pytest.mark.parametrize("chop", [0, 1])
@@ -438,7 +451,8 @@ def test_a_slow_reader_of_400_assets_gets_every_one_in_turn(start_server: Start)
 
 def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_prices(start_server: Start) -> None:
     server = start_server(THREE)
-    for room in (0, 10, 128, 129, 130, 129 + SIZE, 140 + SIZE):
+    rooms = (0, 10, 128, 129, 130, 129 + SIZE, 140 + SIZE)
+    for room, later in itertools.product(rooms, (poll(2.0), poll(2.0)[:2], [])):
         server.publish(poll(1.0))
         with visit(server.port, request()[:-2]) as sock, sock.makefile("rb") as file:
             wait_for(lambda: connections(server) == 1)
@@ -447,7 +461,7 @@ def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_p
             narrowed.room = room
             sock.sendall(b"\r\n")
             wait_for(lambda: server.clients)
-            server.publish(poll(2.0))
+            server.publish(later)
             widen(server, narrowed)
             head = read_head(file)
             assert head.startswith(b"HTTP/1.1 101 ")
@@ -457,8 +471,10 @@ def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_p
             assert close[0] == CLOSE
         begun = max(-(-(room - 129) // SIZE), 0)
         came = [(update["asset_id"], update["price"]) for update in (json.loads(data) for _, data in frames)]
-        order = [*THREE[begun:], *THREE[:begun]]
-        assert came == [(each, 1.0) for each in THREE[:begun]] + [(each, 2.0) for each in order]
+        changed = [update.asset_id for update in later]
+        rest = [(each, 2.0 if each in changed else 1.0) for each in THREE[begun:]]
+        again = [(each, 2.0) for each in THREE[:begun] if each in changed]
+        assert came == [(each, 1.0) for each in THREE[:begun]] + rest + again
         wait_for(lambda: connections(server) == 0)
 
 
@@ -572,11 +588,13 @@ def test_the_buffers_of_an_accepted_socket_are_small_and_nothing_waits_in_them(s
 
 def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(server: PriceServer) -> None:
     with RawClient(server.port) as client:
+        client.send(frame(TEXT, b"x" * 50_000, fin=False) + frame(PING))  # what it sends itself does not count
+        assert client.read() == (PONG, b"")
         narrowed = narrow(server)
         message = "x" * (65_536 - 4)  # and a header of 4
         for _ in range(16):
             server.send_message(server.clients[0], message)
-        assert server.held == 1 << 20
+        assert server.held == (1 << 20) + 50_000
         narrowed.room = 2 << 20
         assert [client.read() for _ in range(16)] == [(TEXT, message.encode())] * 16
         narrowed.room = 0
@@ -643,7 +661,7 @@ def an_answer_of_4_mebibytes_that_nobody_takes(server: PriceServer) -> Callable[
     past = Past(server)
     sock = visit(server.port, get("/history"), receive_buffer=4096)
     wait_for(lambda: past.asked)
-    past.answer([b"x" * ((4 << 20) - 315)])  # the head is 315
+    past.answer([b"x" * (4 << 20)])
     wait_for(lambda: server.held, what="an answer that waits")
     return lambda: sock.recv(1_000)
 
@@ -820,6 +838,20 @@ def test_an_answer_of_any_size_is_whole_at_a_slow_reader(server: PriceServer) ->
     assert server.held == 0
 
 
+def test_a_large_piece_of_an_answer_is_never_copied_to_be_joined_with_others(server: PriceServer) -> None:
+    sizes: list[int] = []
+    past = Past(server)
+    with visit(server.port, get("/history")) as sock:
+        wait_for(lambda: past.asked)
+        connection = server.call(lambda: next(iter(server._answered)))
+        counted = connection.socket = Narrow(connection.socket)
+        counted.send = lambda data: sizes.append(len(data)) or counted.socket.send(data)  # type: ignore
+        past.answer([b"a" * 10_000, b"b" * 10_000, b"c" * 100_000, b"d" * 10_000, b"e" * 100_000])
+        assert len(read_all(sock).partition(b"\r\n\r\n")[2]) == 230_000
+    assert 20_000 < sizes[0] < 21_000, "small ones are joined"
+    assert max(sizes) == 100_000
+
+
 def test_nothing_follows_a_close_frame_that_waits_behind_a_full_socket(server: PriceServer, updates: Updates) -> None:
     with RawClient(server.port, receive_buffer=4096) as client:
         connection = fill(server, client)
@@ -851,7 +883,9 @@ def test_a_question_to_history_is_answered_when_history_has_it(timed: PriceServe
         wait_for(lambda: past.asked)
         assert past.asked == [("7d", ("ETH",))]
         assert past.wanted()
-        past.answer([b'{"ETH":', b"[]}"])
+        with Blocked(timed):
+            past.answer([b'{"ETH":', b"[]}"])
+            assert past.wanted(), "another thread has touched the connection"
         assert read_all(sock).endswith(b'\r\n\r\n{"ETH":[]}')
         assert not past.wanted()
         past.answer([b"twice"])
