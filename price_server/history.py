@@ -41,8 +41,8 @@ BUSY_TIMEOUT = 0.1  # seconds: no question waits longer behind a lock that anoth
 APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: it is ours
 VERSION = 1  # of the table
 
-# The time stands first in the key: the points of one poll lie side by side, so that it changes about 5 pages of the
-# file and not 50, and what is too old is found at once, whosever it is.
+# The time stands first in the key: the points of one poll lie side by side, so that a poll of ten assets writes 30 kB
+# and not 220, and what is too old is found at once, whosever it is.
 TABLE = """CREATE TABLE IF NOT EXISTS points (
     step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
     PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
