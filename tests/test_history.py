@@ -690,6 +690,12 @@ def test_a_lock_of_another_program_costs_one_warning_and_no_point(
     assert len(warnings(log)) == 1
 
 
+def test_a_file_that_another_program_writes_to_is_read_at_the_start(past: Callable[..., Past], filled: Path) -> None:
+    with closing(connect(filled, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert len(past(filled, now=NOON + 86400).points("24h")) == 96
+
+
 def test_a_locked_file_is_waited_for_at_the_start(past: Callable[..., Past], filled: Path) -> None:
     other = connect(filled, isolation_level=None, check_same_thread=False)
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -834,8 +840,8 @@ def test_a_disk_that_hangs_keeps_nobody_waiting(
     assert time.monotonic() - begin < 1
     assert sum(1 for _ in history._waiting) < 2 * (361 + 2 * 34)
     begin = time.monotonic()
-    history.stop(0.1)
-    assert 0.1 <= time.monotonic() - begin < 1
+    history.stop()
+    assert 0.5 <= time.monotonic() - begin < 1.4
     disk.gate.set()
     history.stop(5)
     assert max(rows(file, "SELECT time FROM points")) == (NOON + 9990,)
