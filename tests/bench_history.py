@@ -38,9 +38,11 @@ def show_history(print_table: Callable[..., None], rounds: int) -> None:
                 times.setdefault("the same again", []).append(ask(history, span.name))
         history.stop(10)
         size = file.stat().st_size
-    rows = [[what, f"{statistics.median(each) * 1e3:.2f}", f"{max(each) * 1e3:.2f}"] for what, each in times.items()]
+    rows = [
+        [what, *(f"{pick(each) * 1e3:.2f}" for pick in (statistics.median, min, max))] for what, each in times.items()
+    ]
     note = f"The file has {size / 1e6:.2f} MB."
-    print_table("A year of ten assets in a file", ["history", "median ms", "worst ms"], *rows, notes=[note])
+    print_table("A year of ten assets in a file", ["history", "median ms", "least", "worst"], *rows, notes=[note])
 
 
 def keep(history: History, prices: dict[str, str]) -> float:
