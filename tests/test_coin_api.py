@@ -129,12 +129,12 @@ BAD_BODIES = {
     "null": (b"null", "has no list of rates: null"),
     "a list": (b"[1, 2]", "has no list of rates: [1, 2]"),
     "a number": (b"17", "has no list of rates: 17"),
-    "no rates": (b'{"asset_id_base":"USD"}', "has no list of rates"),
+    "no rates": (b'{"asset_id_base":"USD"}', 'has no list of rates: {"asset_id_base":"USD"}'),
     "rates null": (b'{"rates":null}', "has no list of rates"),
     "rates a string": (b'{"rates":"BTC"}', "has no list of rates"),
     "rates an object": (b'{"rates":{"BTC":1}}', "has no list of rates"),
     "rates junk": (b'{"rates":[1,null,"x",[]]}', "has no price for BTC, ETH"),
-    "rates empty": (b'{"rates":[]}', "has no price for BTC, ETH"),
+    "rates empty": (b'{"rates":[]}', 'has no price for BTC, ETH: {"rates":[]}'),
     "not UTF-8": (b'{"rates":[{"asset_id_quote":"\xff\xfe\xfd"}]}', "is not JSON"),
     "nested": (b"[" * 200_000, "is not JSON"),
     "nested rates": (b'{"rates":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "is not JSON"),
@@ -163,11 +163,13 @@ REFUSALS = {
     "550": (
         550,
         {"error": "You requested specific single item that we don't have"},
-        "CoinAPI answered 550: You requested",
+        "CoinAPI answered 550: You requested specific single item that we don't have",
     ),
     "204": (204, "", "CoinAPI answered 204"),
     "error a list": (500, [1], "CoinAPI answered 500: [1]"),
-    "error nested": (500, "[" * 200_000, "CoinAPI answered 500: [[["),
+    "error nested": (500, "[" * 200_000, f"CoinAPI answered 500: {'[' * 200}…"),
+    "says nothing": (500, {"status": 500}, "CoinAPI answered 500"),
+    "shows the key": (400, {"error": f"no key {KEY.lower()}, {KEY}"}, "CoinAPI answered 400: no key [key], [key]"),
 }
 
 
@@ -177,7 +179,7 @@ def test_a_refusal_carries_the_status_and_what_coinapi_said(
 ) -> None:
     http.get(URL, status=status, body=body if isinstance(body, str) else json.dumps(body))
     error = error_of(api)
-    assert str(error).startswith(said)
+    assert str(error) == said
     assert error.key_refused == (status == 401)
     assert error.retry_after is None
 
@@ -467,6 +469,16 @@ def test_an_address_that_the_key_must_not_go_to_is_refused(url: str) -> None:
     assert KEY not in str(caught.value)
 
 
+def test_a_refused_address_is_shown_with_the_way_out() -> None:
+    for url, way_out in (
+        ("ftp://host", "it must be https://HOST[:PORT][/PATH]"),
+        ("http://host", "http would send the key unencrypted, so only a loopback address may have it; use https"),
+    ):
+        with pytest.raises(ValueError, match="COIN_API_URL") as caught:
+            CoinApi(KEY, url=url)
+        assert str(caught.value) == f"COIN_API_URL is {url!r}: {way_out}"
+
+
 @pytest.mark.parametrize(
     "url", ["https://host", "https://host:8443/path/", "http://127.0.0.1:8080", "http://localhost", "http://[::1]:1/x"]
 )
@@ -695,6 +707,15 @@ def test_demo_prices_have_the_same_shape_and_move() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{7}Z", first[0].time)
     assert first[0].price != second[0].price
     assert first[0].price == pytest.approx(45000, rel=0.01)
+
+
+def test_demo_prices_begin_near_real_ones_and_cost_nothing() -> None:
+    near = {"BTC": 45000, "ETH": 3000, "XRP": 0.6, "BCH": 300, "ADA": 0.5, "LTC": 75}
+    near |= {"LINK": 15, "XLM": 0.12, "DOT": 7, "SOL": 100, "ANY": 10}
+    demo = DemoApi()
+    first = {update.asset_id: update.price for update in demo.fetch_prices(tuple(near))}
+    assert first == pytest.approx(near, rel=0.01)  # ten times the usual step
+    assert (demo.credits_used, demo.credits_left) == (None, None)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
