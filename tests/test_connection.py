@@ -512,11 +512,16 @@ def test_400_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_pri
             server.send_message_to_all(f"note {price} " + "x" * price)
             for client in clients:
                 client.send(frame(PING, b"ping %d" % price))
+    heard: list[int] = []  # what comes behind the last pings
+    server.set_fn_message_received(lambda client, *_: heard.append(client["id"]))
+    for client in clients:
+        client.send(frame(TEXT, b"these were all the pings"))
+    wait_for(lambda: len(heard) == 6, 20)
     handlers = [each["handler"] for each in server.clients]
     wait_for(lambda: not any(each.kept or each.owed for each in handlers), 20, "all sent")
     server.disconnect_clients_gracefully()
     for client, reader in zip(clients, readers, strict=True):
-        reader.join(10)
+        reader.join(20)
         client.__exit__()
     gone(server)
     assert server.held == 0
