@@ -958,6 +958,7 @@ def test_200_visitors_that_ask_for_the_past_and_never_read_hold_it_once(start_se
         visitor.close()
     wait_for(lambda: connections(server) == 0)
     assert server.held == 0
+    assert not server._shared
 
 
 def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:

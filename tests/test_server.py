@@ -470,6 +470,20 @@ def test_after_50_ms_of_a_batch_the_loop_looks_around(server: PriceServer) -> No
     assert unheard[0] == 1
 
 
+def test_a_flood_of_pings_takes_no_turn_from_another_client(server: PriceServer) -> None:
+    order: list[str] = []
+    with RawClient(server.port) as flooding, RawClient(server.port) as client:
+        for each, name in zip(server.clients, ("flood", "client"), strict=True):
+            hook(server, each, partial(order.append, name))
+        with Blocked(server):
+            flooding.send(frame(PING) * 2_000)
+            client.send(frame(PING))
+        assert [flooding.read() for _ in range(2_000)] == [(PONG, b"")] * 2_000
+        assert client.read() == (PONG, b"")
+    assert order[:4].count("client") == 2, "its recv and its send"
+    assert order.count("flood") >= 6, "three turns of 4 KiB"
+
+
 def test_a_flood_of_messages_takes_no_turn_from_another_client(server: PriceServer) -> None:
     order: list[int] = []
     server.set_fn_message_received(lambda client, *_: order.append(client["id"]))
