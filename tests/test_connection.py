@@ -289,6 +289,13 @@ def test_a_close_behind_a_long_message_does_not_cut_it_off(client: RawClient) ->
     assert client.read_close() == 1000
 
 
+def test_the_server_hangs_up_first_and_does_not_wait_for_the_client(echo: PriceServer) -> None:  # 7.1.1
+    with RawClient(echo.port, timeout=3) as client:
+        client.send(frame(CLOSE, b"\x03\xe8"))
+        assert client.read() == (CLOSE, b"\x03\xe8")
+        assert client.file.read() == b"", "ended with FIN"
+
+
 def test_a_close_frame_without_a_code_is_echoed_without_one(client: RawClient) -> None:  # 7.3.1
     client.send(frame(CLOSE))
     assert client.read_close() is None
@@ -454,7 +461,7 @@ def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_p
     rooms = (0, 10, 128, 129, 130, 129 + SIZE, 140 + SIZE)
     for room, later in itertools.product(rooms, (poll(2.0), poll(2.0)[:2], [])):
         server.publish(poll(1.0))
-        with visit(server.port, request()[:-2]) as sock, sock.makefile("rb") as file:
+        with visit(server.port, request()[:-2], timeout=3) as sock, sock.makefile("rb") as file:
             wait_for(lambda: connections(server) == 1)
             (connection,) = server.call(lambda: list(server._visitors))
             narrowed = connection.socket = Narrow(connection.socket)
@@ -512,11 +519,16 @@ def test_400_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_pri
             server.send_message_to_all(f"note {price} " + "x" * price)
             for client in clients:
                 client.send(frame(PING, b"ping %d" % price))
+    heard: list[int] = []  # what comes behind the last pings
+    server.set_fn_message_received(lambda client, *_: heard.append(client["id"]))
+    for client in clients:
+        client.send(frame(TEXT, b"these were all the pings"))
+    wait_for(lambda: len(heard) == 6, 20)
     handlers = [each["handler"] for each in server.clients]
     wait_for(lambda: not any(each.kept or each.owed for each in handlers), 20, "all sent")
     server.disconnect_clients_gracefully()
     for client, reader in zip(clients, readers, strict=True):
-        reader.join(10)
+        reader.join(20)
         client.__exit__()
     gone(server)
     assert server.held == 0
@@ -953,6 +965,7 @@ def test_200_visitors_that_ask_for_the_past_and_never_read_hold_it_once(start_se
         visitor.close()
     wait_for(lambda: connections(server) == 0)
     assert server.held == 0
+    assert not server._shared
 
 
 def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:

@@ -160,6 +160,26 @@ def test_between_two_clients_of_a_publish_other_calls_have_their_turn_and_anothe
         assert first.prices(20) == second.prices(20) == ALL_AT[1] + ALL_AT[2]
 
 
+def test_between_two_connections_of_a_batch_a_call_has_its_turn(server: PriceServer) -> None:
+    order: list[str] = []
+
+    def serve() -> None:
+        if not order:
+            in_thread(lambda: server.call(lambda: order.append("call")))
+            wait_for_queue(server, calls=1)
+        order.append("client")
+
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(server.port)) for _ in range(5)]
+        for each in server.clients:
+            hook(server, each, serve)
+        with Blocked(server):
+            for client in clients:
+                client.send(frame(PONG))
+        wait_for(lambda: len(order) == 6)
+    assert order[:3] == ["client", "call", "client"]
+
+
 def test_a_publish_from_a_call_between_two_clients_takes_no_price_back_in_time(
     server: PriceServer, updates: Updates
 ) -> None:
@@ -304,7 +324,7 @@ def test_ten_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing
     threads = [until_stopped(lambda: server.publish(updates(2.0))) for _ in range(5)]
     threads += [until_stopped(send) for _ in range(5)]
     threads += [until_stopped(come_and_go) for _ in range(2)]
-    wait_for(lambda: server.id_counter > 15, 20, "clients that come and go")
+    wait_for(lambda: server.id_counter > 8, 60, "clients that come and go")
     server.shutdown_gracefully(1001, b"server is stopping")
     assert server.state == "ended"
     stopped.set()
@@ -450,6 +470,20 @@ def test_after_50_ms_of_a_batch_the_loop_looks_around(server: PriceServer) -> No
     assert unheard[0] == 1
 
 
+def test_a_flood_of_pings_takes_no_turn_from_another_client(server: PriceServer) -> None:
+    order: list[str] = []
+    with RawClient(server.port) as flooding, RawClient(server.port) as client:
+        for each, name in zip(server.clients, ("flood", "client"), strict=True):
+            hook(server, each, partial(order.append, name))
+        with Blocked(server):
+            flooding.send(frame(PING) * 2_000)
+            client.send(frame(PING))
+        assert [flooding.read() for _ in range(2_000)] == [(PONG, b"")] * 2_000
+        assert client.read() == (PONG, b"")
+    assert order[:4].count("client") == 2, "its recv and its send"
+    assert order.count("flood") >= 6, "three turns of 4 KiB"
+
+
 def test_a_flood_of_messages_takes_no_turn_from_another_client(server: PriceServer) -> None:
     order: list[int] = []
     server.set_fn_message_received(lambda client, *_: order.append(client["id"]))
@@ -557,6 +591,7 @@ def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(server: PriceServ
         server.shutdown_gracefully(1001, b"as told")
         returned.append(server.state)
 
+    server.stop_timeout = 30.0  # not waited for: the client hangs up
     server.set_fn_message_received(stop)
     with honest(server) as client:
         client.send("stop")
