@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import selectors
 import signal
 import socket
 import subprocess
@@ -1227,6 +1228,15 @@ def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_behind(server: Pr
     with pytest.raises(OSError, match="in use"):
         PriceServer(ASSETS, port=server.port)
     wait_for(lambda: (process.num_fds(), threading.active_count()) == (files, threads))
+
+
+def test_a_server_for_which_there_is_no_selector_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(selectors, "DefaultSelector", none_left)
+    with pytest.raises(OSError, match="Too many"):  # not in the thread, where run_forever would wait for it for ever
+        PriceServer(ASSETS)
 
 
 # In a process of its own
