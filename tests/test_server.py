@@ -1222,6 +1222,17 @@ def test_a_server_that_never_ran_lets_go_of_its_port_and_thread(updates: Updates
     wait_for(lambda: threading.active_count() == threads)
 
 
+def test_a_server_that_was_stopped_does_not_start_and_is_stopped_again_at_once(server: PriceServer) -> None:
+    never_ran = PriceServer(ASSETS)
+    for each in (never_ran, server):
+        each.shutdown_gracefully()
+        began = time.monotonic()
+        each.server_close()
+        assert took(began) < 2 * each.stop_timeout
+        with pytest.raises(RuntimeError, match="make another"):
+            each.run_forever(threaded=True)
+
+
 def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_behind(server: PriceServer) -> None:
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
