@@ -129,7 +129,8 @@ class PriceServer(Interface, Figures):
         self._in_urgent = True
         try:
             self.remember(new, frames)
-            self.messages_sent += self._send_to_all(frames)
+            sent = self._send_to_all(frames)
+            self.messages_sent += sent  # read only now: calls between two clients add to it too
             self.history.add(prices, self.last_success_time)
         finally:
             self._in_urgent = False

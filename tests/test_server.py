@@ -161,6 +161,21 @@ def test_between_two_clients_of_a_publish_other_calls_have_their_turn_and_anothe
         assert first.prices(20) == second.prices(20) == ALL_AT[1] + ALL_AT[2]
 
 
+def test_what_is_sent_between_two_clients_of_a_publish_is_counted_too(server: PriceServer, updates: Updates) -> None:
+    threads: list[threading.Thread] = []
+
+    def queue_message() -> None:
+        if not threads:
+            threads.append(in_thread(lambda: server.send_message_to_all("x")))
+            wait_for_queue(server, calls=1)
+
+    with RawClient(server.port), RawClient(server.port):
+        hook(server, server.clients[0], queue_message)
+        server.publish(updates(1.0))
+        threads[0].join(10)
+        assert count(server, "messages_sent_total") == 2 * 10 + 2
+
+
 def test_a_publish_from_a_call_between_two_clients_takes_no_price_back_in_time(
     server: PriceServer, updates: Updates
 ) -> None:
