@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection
-from .figures import Figures, Update
+from .figures import MAX_SUBSETS, Figures, Update
 from .frames import Opcode, encode_frame
 from .history import History
 from .interface import Interface
@@ -144,6 +144,8 @@ class PriceServer(Interface, Figures):
                 self.look()
             part = parts.get(connection.assets)
             if part is None:
+                if len(parts) >= MAX_SUBSETS:
+                    parts.clear()
                 assets = tuple(asset for asset in connection.assets if asset in frames)
                 part = parts[connection.assets] = assets, b"".join([frames[asset] for asset in assets])
             assets, buffer = part
