@@ -85,7 +85,7 @@ class PriceServer(Interface, Figures):
         Interface.__init__(self, self.clock)
         self.held = 0  # bytes that all connections together have waiting
         self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
-        self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one
+        self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one (None)
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
         self._room = socket_room() - OWN_FILES
         self.max_clients = max(int(min(self.max_clients, self._room - SPARE_VISITORS)), 1)
@@ -280,6 +280,7 @@ class PriceServer(Interface, Figures):
     def _answer_question(self, connection: Connection, pieces: list[bytes] | None) -> None:
         question = self._answered.get(connection)
         if question is not None and connection.state is WAITING:
+            self._answered[connection] = None  # who takes it slowly does not hold the head of the request
             connection.answer(answer_history(question, self, pieces))
 
     def hear(self, connection: Connection, message: str | bytes) -> None:

@@ -923,6 +923,21 @@ def test_200_visitors_that_ask_for_the_past_and_never_read_hold_it_once(start_se
     assert server.held == 0
 
 
+def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_request(start_server: Start) -> None:
+    server = filled(start_server, ASSETS)
+    head = get("/history")[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(90)]) + b"\r\n"
+    tracemalloc.start()
+    visitors = []
+    for number in range(1, 31):
+        visitors.append(visit(server.port, head, receive_buffer=4096))
+        wait_for_value(lambda: server.call(lambda: sum(each.held > 0 for each in server._answered)), number)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 30 * len(head)
+    for visitor in visitors:
+        visitor.close()
+
+
 def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:
     assets = tuple(f"A{number:02}" for number in range(40))
     server = filled(start_server, assets)
