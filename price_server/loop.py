@@ -133,6 +133,7 @@ class Loop:
             restore()
 
     def _finish(self) -> None:
+        self._stop_begun = True
         try:
             self.end()
             self._run_callbacks()
@@ -178,6 +179,8 @@ class Loop:
 
     def _run_callbacks(self) -> None:
         for _ in range(len(self._callbacks)):
+            if self._stop_asked and not self._stop_begun:
+                return  # a stop goes first: the clients are told, however slow the callbacks are
             self._callbacks.popleft()()
             self.look()
 

@@ -1179,6 +1179,21 @@ def test_a_stop_waits_for_the_closes_and_for_answers_under_way_and_for_nothing_e
     assert received == ["came"]
 
 
+def test_a_stop_goes_before_the_callbacks_that_wait(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def leave(*_: object) -> None:
+        order.append("left")
+        server.shutdown_gracefully()
+
+    monkeypatch.setattr(server, "begin_stop", preceded(server.begin_stop, lambda: order.append("stop")))
+    server.set_fn_client_left(leave)
+    with RawClient(server.port), RawClient(server.port):
+        server.disconnect_clients_abruptly()
+        server.thread.join(10)
+    assert order == ["left", "stop", "left"]
+
+
 def test_a_stop_waits_only_so_long_for_a_client_that_does_not_hang_up(server: PriceServer) -> None:
     assert PriceServer.stop_timeout < 1.0  # 1.0 s in truth
     with RawClient(server.port) as silent, RawClient(server.port) as stuck:
