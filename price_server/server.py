@@ -210,7 +210,7 @@ class PriceServer(Interface, Figures):
             self._visitors[connection] = None
             self.step(connection, connection.on_readable)  # the request is mostly here by now
             if connection.state is VISITOR:
-                self.watch(connection, selectors.EVENT_READ)
+                self.step(connection, partial(self.watch, connection, selectors.EVENT_READ))
             self.look()
 
     def _stop_listening(self) -> None:
@@ -299,7 +299,8 @@ class PriceServer(Interface, Figures):
         """Wait for these events of a connection from now on."""
         if connection.watched == events or connection.state is ENDED:
             return
-        if not connection.watched:
+        before, connection.watched = connection.watched, 0  # what a selector fails at is not in it any more
+        if not before:
             self.selector.register(connection.socket, events, connection)
         elif events:
             self.selector.modify(connection.socket, events, connection)

@@ -395,6 +395,29 @@ def test_a_visitor_whose_every_step_fails_is_ended(server: PriceServer, errors: 
     assert ask(server.port, request())[0] == 101
 
 
+@pytest.mark.parametrize("name", ["register", "modify"])
+def test_a_connection_that_the_selector_does_not_take_is_ended_and_no_other(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(sock: Any, *_: object) -> None:
+        if name == "modify":
+            server.selector.unregister(sock)  # as it does
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RawClient(server.port) as other, RawClient(server.port) as client:
+        last = server.clients[1]
+        server.call(lambda: monkeypatch.setattr(server.selector, name, fail))
+        if name == "register":
+            with visit(server.port) as visitor:
+                assert visitor.recv(1) == b""
+        else:
+            narrow(server)
+            server.send_message(last, "x")
+            assert client.file.read() == b""
+        other.send(frame(PING, b"served"))
+        assert other.read() == (PONG, b"served")
+
+
 def test_an_event_of_a_connection_that_ended_in_the_same_batch_reaches_no_other(server: PriceServer) -> None:
     left: list[int] = []
     server.set_fn_client_left(lambda client, server: left.append(client["id"]))
