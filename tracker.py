@@ -28,6 +28,9 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write("tracker.py needs Python 3.11 or newer, this is {}.{}\n".format(*sys.version_info))
     sys.exit(2)
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C while it loads ends it without a traceback
+
 import service
 
 try:

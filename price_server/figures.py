@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from .frames import Opcode, encode_frame
 
+MAX_SUBSETS = 100  # of the assets, for which frames are held joined: there are 2^n
+
 
 class Update(Protocol):
     """What `publish` takes; `coin_api.PriceUpdate` is one."""
@@ -103,6 +105,8 @@ class Figures:
         snapshot = self._snapshots.get(assets)
         if snapshot is None:
             snapshot = b"".join([self.frames[asset] for asset in assets if asset in self.frames])
+            if len(self._snapshots) >= MAX_SUBSETS:
+                self._snapshots.clear()
             self._snapshots[assets] = snapshot
         return snapshot
 

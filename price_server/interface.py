@@ -66,12 +66,12 @@ class Interface(Loop, WebsocketServer):
         self._deny_frame = b""
 
     def _run_forever(self, threaded: bool) -> None:
-        self.thread = threading.current_thread()
-        if threaded:
+        if threaded and self.state == "before":
             self.thread = threading.Thread(target=self.serve_forever, name="server", daemon=True)
             self.thread.start()
             self._started.wait()
         else:
+            self.thread = threading.current_thread()
             self.serve_forever()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -94,6 +94,8 @@ class Interface(Loop, WebsocketServer):
         if self.state == "before":
             self.state = "ended"
             self.end()
+            self._started.set()
+            self._ended.set()
         else:
             self._stop_frame = frame
             self.ask_to_stop()

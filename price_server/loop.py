@@ -54,6 +54,7 @@ class Loop:
         self._stop_deadline = 0.0
         self._warned: dict[str, float] = {}  # when each kind of trouble was last met
         self._started, self._ended = threading.Event(), threading.Event()
+        self.selector = selectors.DefaultSelector()  # here, as it may find no descriptor
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
@@ -108,6 +109,7 @@ class Loop:
     def close_wakers(self) -> None:
         self._wake_receiver.close()
         self._wake_sender.close()
+        self.selector.close()
 
     # The loop
 
@@ -116,22 +118,22 @@ class Loop:
             raise RuntimeError("this server has run already: make another")
         self._owner = threading.get_ident()
         restore = self._catch_interrupt()
-        with selectors.DefaultSelector() as self.selector:
-            try:
-                self.selector.register(self._wake_receiver, selectors.EVENT_READ, self)
-                self.begin()
-                self.state = "running"
-                self._started.set()
-                while not (self._stop_begun and (self.is_done() or time.monotonic() >= self._stop_deadline)):
-                    self._serve_batch(self.selector.select(self._pause()))
-                    self.look_around()
-            except Exception:
-                logger.critical("the server thread failed", exc_info=True)
-            finally:
-                self._finish()
-                restore()
+        try:
+            self.selector.register(self._wake_receiver, selectors.EVENT_READ, self)
+            self.begin()
+            self.state = "running"
+            self._started.set()
+            while not (self._stop_begun and (self.is_done() or time.monotonic() >= self._stop_deadline)):
+                self._serve_batch(self.selector.select(self._pause()))
+                self.look_around()
+        except Exception:
+            logger.critical("the server thread failed", exc_info=True)
+        finally:
+            self._finish()
+            restore()
 
     def _finish(self) -> None:
+        self._stop_begun = True
         try:
             self.end()
             self._run_callbacks()
@@ -177,6 +179,8 @@ class Loop:
 
     def _run_callbacks(self) -> None:
         for _ in range(len(self._callbacks)):
+            if self._stop_asked and not self._stop_begun:
+                return  # a stop goes first: the clients are told, however slow the callbacks are
             self._callbacks.popleft()()
             self.look()
 

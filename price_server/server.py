@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection
-from .figures import Figures, Update
+from .figures import MAX_SUBSETS, Figures, Update
 from .frames import Opcode, encode_frame
 from .history import History
 from .interface import Interface
@@ -85,7 +85,7 @@ class PriceServer(Interface, Figures):
         Interface.__init__(self, self.clock)
         self.held = 0  # bytes that all connections together have waiting
         self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
-        self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one
+        self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one (None)
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
         self._room = socket_room() - OWN_FILES
         self.max_clients = max(int(min(self.max_clients, self._room - SPARE_VISITORS)), 1)
@@ -129,7 +129,8 @@ class PriceServer(Interface, Figures):
         self._in_urgent = True
         try:
             self.remember(new, frames)
-            self.messages_sent += self._send_to_all(frames)
+            sent = self._send_to_all(frames)
+            self.messages_sent += sent  # read only now: calls between two clients add to it too
             self.history.add(prices, self.last_success_time)
         finally:
             self._in_urgent = False
@@ -143,6 +144,8 @@ class PriceServer(Interface, Figures):
                 self.look()
             part = parts.get(connection.assets)
             if part is None:
+                if len(parts) >= MAX_SUBSETS:
+                    parts.clear()
                 assets = tuple(asset for asset in connection.assets if asset in frames)
                 part = parts[connection.assets] = assets, b"".join([frames[asset] for asset in assets])
             assets, buffer = part
@@ -207,7 +210,7 @@ class PriceServer(Interface, Figures):
             self._visitors[connection] = None
             self.step(connection, connection.on_readable)  # the request is mostly here by now
             if connection.state is VISITOR:
-                self.watch(connection, selectors.EVENT_READ)
+                self.step(connection, partial(self.watch, connection, selectors.EVENT_READ))
             self.look()
 
     def _stop_listening(self) -> None:
@@ -277,6 +280,7 @@ class PriceServer(Interface, Figures):
     def _answer_question(self, connection: Connection, pieces: list[bytes] | None) -> None:
         question = self._answered.get(connection)
         if question is not None and connection.state is WAITING:
+            self._answered[connection] = None  # who takes it slowly does not hold the head of the request
             connection.answer(answer_history(question, self, pieces))
 
     def hear(self, connection: Connection, message: str | bytes) -> None:
@@ -295,7 +299,8 @@ class PriceServer(Interface, Figures):
         """Wait for these events of a connection from now on."""
         if connection.watched == events or connection.state is ENDED:
             return
-        if not connection.watched:
+        before, connection.watched = connection.watched, 0  # what a selector fails at is not in it any more
+        if not before:
             self.selector.register(connection.socket, events, connection)
         elif events:
             self.selector.modify(connection.socket, events, connection)

@@ -4,6 +4,7 @@ Time passes by a clock that the tests own (`timed`, `pass_time`), and where the 
 connection's socket is replaced by one that takes just so many (`narrow`).
 """
 
+import contextlib
 import itertools
 import json
 import random
@@ -11,6 +12,7 @@ import socket
 import struct
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -968,6 +970,21 @@ def test_200_visitors_that_ask_for_the_past_and_never_read_hold_it_once(start_se
     assert not server._shared
 
 
+def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_request(start_server: Start) -> None:
+    server = filled(start_server, ASSETS)
+    head = get("/history")[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(90)]) + b"\r\n"
+    tracemalloc.start()
+    visitors = []
+    for number in range(1, 31):
+        visitors.append(visit(server.port, head, receive_buffer=4096))
+        wait_for_value(lambda: server.call(lambda: sum(each.held > 0 for each in server._answered)), number)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 30 * len(head)
+    for visitor in visitors:
+        visitor.close()
+
+
 def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:
     assets = tuple(f"A{number:02}" for number in range(40))
     server = filled(start_server, assets)
@@ -1022,3 +1039,20 @@ def test_what_visitors_and_clients_leave_unfinished_is_counted_and_given_back(se
     wait_for(lambda: server.held == 60_000)
     client.reset()
     wait_for(lambda: server.held == 0)
+
+
+def test_clients_of_many_subsets_of_the_assets_hold_no_copy_of_the_prices_each(start_server: Start) -> None:
+    assets = tuple(f"A{number:03}" for number in range(250))
+    updates = [PriceUpdate(asset, 1.0, "2026-11-22T07:44:05.1234567Z") for asset in assets]
+    server = start_server(assets)
+    server.publish(updates)
+    size = len(server.snapshot(assets))
+    with contextlib.ExitStack() as stack:
+        for number in range(250):
+            subset = ",".join(assets[number:] + assets[: number // 2])[:1000].rpartition(",")[0]
+            stack.enter_context(RawClient(server.port, request(f"/ws?assets={subset}")))
+        assert sum(map(len, server._snapshots.values())) <= 100 * size
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        server.publish(updates)
+        assert tracemalloc.get_traced_memory()[1] < 140 * size

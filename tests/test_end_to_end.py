@@ -455,3 +455,12 @@ def test_machine_that_slept_polls_once_late_and_goes_on(coin_api: StandIn) -> No
             while json.loads(client.recv(timeout=2)) != requests.get(tracker.http + "/prices/SOL", timeout=5).json():
                 pass
         assert client.close_code == 1000
+
+
+def test_control_c_while_the_program_loads_is_no_traceback(tmp_path: Path) -> None:
+    slow = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n"
+    (tmp_path / "requests.py").write_text(slow)
+    tracker = Tracker("--demo", PYTHONPATH=str(tmp_path))
+    assert tracker.wait() == -signal.SIGINT
+    assert tracker.log == []
+    tracker.__exit__()

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import selectors
 import signal
 import socket
 import subprocess
@@ -178,6 +179,21 @@ def test_between_two_connections_of_a_batch_a_call_has_its_turn(server: PriceSer
                 client.send(frame(PONG))
         wait_for(lambda: len(order) == 6)
     assert order[:3] == ["client", "call", "client"]
+
+
+def test_what_is_sent_between_two_clients_of_a_publish_is_counted_too(server: PriceServer, updates: Updates) -> None:
+    threads: list[threading.Thread] = []
+
+    def queue_message() -> None:
+        if not threads:
+            threads.append(in_thread(lambda: server.send_message_to_all("x")))
+            wait_for_queue(server, calls=1)
+
+    with RawClient(server.port), RawClient(server.port):
+        hook(server, server.clients[0], queue_message)
+        server.publish(updates(1.0))
+        threads[0].join(10)
+        assert count(server, "messages_sent_total") == 2 * 10 + 2
 
 
 def test_a_publish_from_a_call_between_two_clients_takes_no_price_back_in_time(
@@ -397,6 +413,29 @@ def test_a_visitor_whose_every_step_fails_is_ended(server: PriceServer, errors: 
     assert len(errors) == 1
     errors.clear()
     assert ask(server.port, request())[0] == 101
+
+
+@pytest.mark.parametrize("name", ["register", "modify"])
+def test_a_connection_that_the_selector_does_not_take_is_ended_and_no_other(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(sock: Any, *_: object) -> None:
+        if name == "modify":
+            server.selector.unregister(sock)  # as it does
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RawClient(server.port) as other, RawClient(server.port) as client:
+        last = server.clients[1]
+        server.call(lambda: monkeypatch.setattr(server.selector, name, fail))
+        if name == "register":
+            with visit(server.port) as visitor:
+                assert visitor.recv(1) == b""
+        else:
+            narrow(server)
+            server.send_message(last, "x")
+            assert client.file.read() == b""
+        other.send(frame(PING, b"served"))
+        assert other.read() == (PONG, b"served")
 
 
 def test_an_event_of_a_connection_that_ended_in_the_same_batch_reaches_no_other(server: PriceServer) -> None:
@@ -1213,6 +1252,21 @@ def test_a_stop_waits_for_the_closes_and_for_answers_under_way_and_for_nothing_e
     assert received == ["came"]
 
 
+def test_a_stop_goes_before_the_callbacks_that_wait(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def leave(*_: object) -> None:
+        order.append("left")
+        server.shutdown_gracefully()
+
+    monkeypatch.setattr(server, "begin_stop", preceded(server.begin_stop, lambda: order.append("stop")))
+    server.set_fn_client_left(leave)
+    with RawClient(server.port), RawClient(server.port):
+        server.disconnect_clients_abruptly()
+        server.thread.join(10)
+    assert order == ["left", "stop", "left"]
+
+
 def test_a_stop_waits_only_so_long_for_a_client_that_does_not_hang_up(server: PriceServer) -> None:
     assert PriceServer.stop_timeout < 1.0  # 1.0 s in truth
     with RawClient(server.port) as silent, RawClient(server.port) as stuck:
@@ -1272,12 +1326,32 @@ def test_a_server_that_never_ran_lets_go_of_its_port_and_thread(updates: Updates
     wait_for(lambda: threading.active_count() == threads)
 
 
+def test_a_server_that_was_stopped_does_not_start_and_is_stopped_again_at_once(server: PriceServer) -> None:
+    never_ran = PriceServer(ASSETS)
+    for each in (never_ran, server):
+        each.shutdown_gracefully()
+        began = time.monotonic()
+        each.server_close()
+        assert took(began) < 2 * each.stop_timeout
+        with pytest.raises(RuntimeError, match="make another"):
+            each.run_forever(threaded=True)
+
+
 def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_behind(server: PriceServer) -> None:
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
     with pytest.raises(OSError, match="in use"):
         PriceServer(ASSETS, port=server.port)
     wait_for(lambda: (process.num_fds(), threading.active_count()) == (files, threads))
+
+
+def test_a_server_for_which_there_is_no_selector_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(selectors, "DefaultSelector", none_left)
+    with pytest.raises(OSError, match="Too many"):  # not in the thread, where run_forever would wait for it for ever
+        PriceServer(ASSETS)
 
 
 # In a process of its own
