@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ("BTC", "ETH", "XRP", "BCH", "ADA", "LTC", "LINK", "XLM", "DOT", "SOL")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10.0, what: str = "") -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
     """Return as soon as the condition holds; AssertionError when it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -95,18 +95,18 @@ class Tracker:
         """The first match in the log so far."""
         return next((match for line in list(self.log) if (match := re.search(pattern, line))), None)
 
-    def wait_for_log(self, pattern: str, seconds: float = 10.0) -> re.Match[str]:
+    def wait_for_log(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
         wait_for(lambda: self.find(pattern), seconds, f"{pattern!r} in the log")
         match = self.find(pattern)
         assert match
         return match
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 5.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 20.0) -> int:
         """Send the signal, wait, and return the exit status."""
         self.process.send_signal(number)
         return self.wait(seconds)
 
-    def wait(self, seconds: float = 5.0) -> int:
+    def wait(self, seconds: float = 20.0) -> int:
         status = self.process.wait(seconds)
         self._reader.join(seconds)
         return status

@@ -47,7 +47,7 @@ def feed(tracker: Tracker, query: str = "") -> ClientConnection:
     return connect(tracker.ws + query, max_queue=None)
 
 
-def poll_of(client: ClientConnection, seconds: float = 5.0, count: int = 10) -> list[dict[str, Any]]:
+def poll_of(client: ClientConnection, seconds: float = 20.0, count: int = 10) -> list[dict[str, Any]]:
     """The next ten messages."""
     return [json.loads(client.recv(seconds)) for _ in range(count)]
 

@@ -111,7 +111,7 @@ def has_last(file: Path, *clients: Honest) -> bool:
     for client in clients:
         client.join(5)
     (price,) = rows(file, LAST)[0]
-    return any(price in client.prices[-3:] for client in clients)
+    return any(price in client.prices[-10:] for client in clients)
 
 
 def warnings(tracker: Tracker) -> list[str]:
