@@ -175,15 +175,19 @@ def test_a_range_has_the_last_point_of_each_step_and_none_that_is_too_old(
 
 
 def test_ranges_say_what_they_are_and_since_when_there_is_something(past: Callable[..., Past]) -> None:
-    assert Past().ranges == past().ranges  # before the start and after it
     history = past()
+    history.parts()
     before = history.ranges
-    assert before == (
-        {"name": "1h", "seconds": 3600, "step": 10, "since": None},
-        {"name": "24h", "seconds": 86400, "step": 300, "since": None},
-        {"name": "7d", "seconds": 604800, "step": 1800, "since": None},
-        {"name": "30d", "seconds": 2592000, "step": 7200, "since": None},
-        {"name": "1y", "seconds": 31536000, "step": 86400, "since": None},
+    assert (
+        Past().ranges
+        == before
+        == (  # before the start too
+            {"name": "1h", "seconds": 3600, "step": 10, "since": None},
+            {"name": "24h", "seconds": 86400, "step": 300, "since": None},
+            {"name": "7d", "seconds": 604800, "step": 1800, "since": None},
+            {"name": "30d", "seconds": 2592000, "step": 7200, "since": None},
+            {"name": "1y", "seconds": 31536000, "step": 86400, "since": None},
+        )
     )
     history.poll("1", "ETH", at=NOON + 0.1234567)
     history.poll("1", "BTC", at=NOON + 1)
