@@ -282,6 +282,27 @@ def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: U
     assert server.clients == []
 
 
+def test_publishes_of_two_threads_after_the_stop_leave_nothing_in_the_queue(
+    start_server: Start, updates: Updates
+) -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def wall_clock() -> float:
+        if server.state == "ended" and not inside.is_set():
+            inside.set()
+            release.wait(10)
+        return time.time()
+
+    server = start_server(wall_clock=wall_clock)
+    server.shutdown_gracefully()
+    thread = in_thread(lambda: server.publish(updates(1.0)))
+    assert inside.wait(10)
+    server.publish(updates(2.0))
+    assert not server._urgent, "who releases the queue would go on for ever"
+    release.set()
+    thread.join(10)
+
+
 def test_ten_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
     server: PriceServer, updates: Updates
 ) -> None:
