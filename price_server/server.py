@@ -123,7 +123,7 @@ class PriceServer(Interface, Figures):
         self.polls['{result="failure"}'] += 1
 
     def _publish(self, new: dict[str, Update], frames: dict[str, bytes], prices: dict[str, str]) -> None:
-        if self._in_urgent:  # from a call that had its turn between two clients
+        if self._in_urgent and self.state == "running":  # from a call that had its turn between two clients
             self._urgent.append((lambda: self._publish(new, frames, prices), Future()))
             return
         self._in_urgent = True

@@ -815,6 +815,7 @@ def test_a_client_is_pinged_every_20_s_and_dropped_after_three_without_a_pong(ti
         assert pings(lively) == 1
         assert len(timed.clients) == 1
     assert timed.dropped['{reason="no_pong"}'] == 1
+    assert timed.messages_sent == 0, "a ping is no message"
 
 
 def test_300_clients_are_all_pinged_at_once_and_once_though_it_is_done_in_slices(timed: PriceServer) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import select
 import selectors
 import signal
 import socket
@@ -114,6 +115,17 @@ def test_calls_that_bring_further_calls_keep_nobody_else_waiting(server: PriceSe
             assert client.read() == (PONG, b"alive")
         ended.set()
     assert calls[0] > 3
+
+
+def test_what_is_handed_over_wakes_the_loop_and_then_it_sleeps_again(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PriceServer, "housekeeping_interval", 60.0)
+    server, ran = start_server(), threading.Event()
+    server.hand_over(ran.set)
+    assert ran.wait(10)
+    server.call(lambda: None)
+    wait_for(lambda: not select.select([server._wake_receiver], [], [], 0)[0], what="nothing left that wakes it")
 
 
 class Hooked:
@@ -296,6 +308,28 @@ def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: U
     server.shutdown_abruptly()
     server.server_close()
     assert server.clients == []
+
+
+def test_publishes_of_two_threads_after_the_stop_leave_nothing_in_the_queue(
+    server: PriceServer, updates: Updates
+) -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def wall_clock() -> float:
+        if not inside.is_set():
+            inside.set()
+            release.wait(10)
+        return time.time()
+
+    server.shutdown_gracefully()
+    server.thread.join(10)
+    server.wall_clock = wall_clock
+    thread = in_thread(lambda: server.publish(updates(1.0)))
+    assert inside.wait(10)
+    server.publish(updates(2.0))
+    assert not server._urgent, "who releases the queue would go on for ever"
+    release.set()
+    thread.join(10)
 
 
 def test_ten_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
