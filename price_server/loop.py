@@ -133,7 +133,7 @@ class Loop:
             restore()
 
     def _finish(self) -> None:
-        self._stop_begun = True
+        self._stop_asked = self._stop_begun = True  # also where the loop failed: the callbacks wait for no stop
         try:
             self.end()
             self._run_callbacks()
