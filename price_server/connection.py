@@ -113,7 +113,8 @@ class Connection:
             return 0
         if self.kept or self.owed:
             if len(self.owed) < len(self.assets):  # go on where it stopped, not with the first ones for ever
-                self.owed += tuple(asset for asset in assets if asset not in self.owed)
+                owed = set(self.owed)  # or 400 assets take a millisecond for each slow reader
+                self.owed += tuple(asset for asset in assets if asset not in owed)
             return 0
         begun = self._owe_rest(assets, sent)
         self._settle()

@@ -133,7 +133,7 @@ class Loop:
             restore()
 
     def _finish(self) -> None:
-        self._stop_begun = True
+        self._stop_asked = self._stop_begun = True  # also where the loop failed: the callbacks wait for no stop
         try:
             self.end()
             self._run_callbacks()
@@ -147,7 +147,8 @@ class Loop:
         """How long to wait for events: not at all while something else is to be done."""
         if self._callbacks or self._calls or self._urgent:
             return 0.0
-        return min(max(self._next_check - self.clock(), 0.0), self.housekeeping_interval)
+        left = self._stop_deadline - time.monotonic() if self._stop_begun else self.housekeeping_interval
+        return max(min(self._next_check - self.clock(), self.housekeeping_interval, left), 0.0)
 
     def _serve_batch(self, events: list[tuple[selectors.SelectorKey, int]]) -> None:
         since = time.monotonic()

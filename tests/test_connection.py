@@ -1057,3 +1057,27 @@ def test_clients_of_many_subsets_of_the_assets_hold_no_copy_of_the_prices_each(s
         stack.callback(tracemalloc.stop)
         server.publish(updates)
         assert tracemalloc.get_traced_memory()[1] < 140 * size
+
+
+def test_a_slow_reader_of_400_assets_does_not_have_each_compared_with_each_at_a_poll(start_server: Start) -> None:
+    compared = [0]
+
+    class Counted(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            compared[0] += 1
+            return str.__eq__(self, other)
+
+    assets = tuple(Counted(f"A{number:03}") for number in range(400))
+    server = start_server(assets)
+    updates = [PriceUpdate(asset, 1.0, "t") for asset in assets]
+    with RawClient(server.port):
+        narrowed = narrow(server)
+        server.publish(updates)
+        widen(server, narrowed, room=10 * SIZE)
+        connection = last_connection(server)
+        compared[0] = 0
+        server.call(lambda: connection.deliver(assets))
+        assert compared[0] < 40 * 400

@@ -24,6 +24,7 @@ from raw import (
     PONG,
     TEXT,
     Blocked,
+    Clock,
     Narrow,
     RawClient,
     ask,
@@ -1313,6 +1314,17 @@ def test_a_stop_waits_only_so_long_for_a_client_that_does_not_hang_up(server: Pr
         assert silent.read() == (CLOSE, b"\x03\xe8")
         assert silent.file.read() == b""
         assert stuck.file.read() == b""
+
+
+def test_a_stop_ends_in_time_also_where_housekeeping_is_not_due(start_server: Start) -> None:
+    server = start_server(clock=Clock())  # which stands still
+    server.housekeeping_interval = 20.0
+    server.call(lambda: setattr(server, "_next_check", server.clock() + 20.0))
+    with RawClient(server.port):
+        began = time.monotonic()
+        server.shutdown_gracefully()
+        server.thread.join(30)
+        assert took(began) < 5.0
 
 
 def test_a_server_whose_thread_ends_unasked_says_so_and_releases_all_who_wait(
