@@ -11,6 +11,7 @@ import selectors
 import socket
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .frames import MessageReader, Opcode, ProtocolError, answer_to_close, encode_close, encode_frame, encode_message
@@ -154,7 +155,7 @@ class Connection:
     def _join(self, first: bytes | memoryview) -> bytes:
         """The first kept pieces in one, up to a send's worth: a large one is never copied."""
         parts, size = [first], len(first)
-        for piece in list(self.kept)[1:]:
+        for piece in islice(self.kept, 1, None):
             if size + len(piece) > SEND_SIZE:
                 break
             parts.append(piece)

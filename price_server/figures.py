@@ -95,9 +95,8 @@ class Figures:
     def encode(self, updates: Iterable[Update]) -> tuple[dict[str, Update], dict[str, bytes]]:
         """A poll's updates and their frames; ValueError for an asset that is not tracked."""
         new = {update.asset_id: update for update in updates}
-        for asset_id in new:
-            if asset_id not in self.assets:
-                raise ValueError(self.unknown(asset_id))
+        for asset_id in new.keys() - set(self.assets):
+            raise ValueError(self.unknown(asset_id))
         return new, {asset: encode_frame(Opcode.TEXT, update.to_json().encode()) for asset, update in new.items()}
 
     def snapshot(self, assets: tuple[str, ...]) -> bytes:

@@ -124,7 +124,7 @@ def test_the_end_waits_for_a_stuck_stderr_for_half_a_second_at_the_most(
     log.close()  # logging does so at exit
     assert time.monotonic() - started < 0.4
     stderr.open.set()
-    wait_for(lambda: len(stderr.lines) >= min(lines, 11), what="its thread writes into no other test")
+    wait_for(lambda: len(stderr.lines) >= min(lines, 10), what="its thread writes into no other test")
 
 
 def test_a_line_that_cannot_be_made_ends_nothing(
