@@ -894,9 +894,13 @@ def test_a_client_that_hangs_up_without_a_close_is_gone_at_once(timed: PriceServ
 
 def test_a_question_to_history_is_answered_when_history_has_it(timed: PriceServer) -> None:
     past = Past(timed)
-    with visit(timed.port, get("/history?range=7d&assets=eth") + b"more") as sock:
+    with visit(timed.port, get("/history?range=7d&assets=eth")[:-2]) as sock:
+        wait_for_value(lambda: connections(timed), 1)
+        sock.sendall(b"\r\nmore")
+        sock.shutdown(socket.SHUT_WR)  # as a visitor may that has said all
         wait_for(lambda: past.asked)
         assert past.asked == [("7d", ("ETH",))]
+        timed.call(lambda: None)
         assert past.wanted()
         with Blocked(timed):
             past.answer([b'{"ETH":', b"[]}"])
