@@ -714,7 +714,7 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(
     with closing(connect(filled, isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        history = past(filled, now=NOON + 86400 + 300, wait=0.3)
+        history = past(filled, now=NOON + 86400 + 300, wait=0.8)
         assert warnings(log) == warning(filled, ": database is locked")
         history.poll("7")
         assert history.points("24h") == [[NOON + 86400 + 300, 7]]
