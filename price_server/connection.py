@@ -205,7 +205,7 @@ class Connection:
         elif self.state is CLOSING and not behind:
             self.state = LINGERING
             self.socket.shutdown(socket.SHUT_WR)
-            if not self.assets:  # it never was a client
+            if not self.assets:  # an HTTP answer: behind a close frame the time runs on
                 self.deadline = self.server.clock() + self.server.linger_timeout
         # While something is kept nothing is read: so no pongs pile up.
         self.server.watch(self, selectors.EVENT_WRITE if behind else selectors.EVENT_READ)

@@ -244,6 +244,7 @@ class PriceServer(Interface, Figures):
         """A visitor asks to be a client."""
         if self._deny_frame:
             self.note_refused("denied")
+            connection.assets = upgrade.assets  # it speaks WebSocket, and has a close's time to hang up
             connection.end([upgrade.head, self._deny_frame], self.close_timeout)
             return
         del self._visitors[connection]

@@ -735,7 +735,7 @@ def an_unfinished_frame(server: PriceServer) -> Callable[[], object]:
         (an_answer_behind_which_nobody_hangs_up, 2.0, ""),
         (an_answer_of_4_mebibytes_that_nobody_takes, 30.0 + 512.0, ""),
         (a_close_behind_which_the_client_does_not_hang_up, 5.0, "no_close"),
-        (a_denied_client_that_does_not_hang_up, 2.0, ""),
+        (a_denied_client_that_does_not_hang_up, 5.0, ""),
         (a_close_that_a_full_socket_does_not_take, 5.0, "no_close"),
         (a_full_socket, 30.0, "behind"),
         (an_unfinished_message, 30.0, "unfinished"),
