@@ -62,6 +62,12 @@ class Stderr:
         return [line.partition(" ")[2] for line in self.lines]
 
 
+def test_a_stderr_whose_disk_is_full_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(service, "STDERR", full.fileno())
+        service._write("nobody can be told")
+
+
 @pytest.fixture
 def start_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Log, Stderr]]]:
     logs: list[Log] = []
