@@ -123,6 +123,7 @@ def test_compose_file_is_understood_and_fits_the_image(image: Image) -> None:
     ).stdout
     service = yaml.safe_load(told)["services"]["tracker"]
     assert service["read_only"] is True
+    assert service["restart"] == "on-failure"
     assert service["command"] == image.config["Cmd"]
     assert [volume.split(":")[1] for volume in service["volumes"]] == list(image.config["Volumes"])
     assert [port.split(":")[-1] for port in service["ports"]] == list(image.config["ExposedPorts"])

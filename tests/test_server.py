@@ -1108,6 +1108,13 @@ def test_clients_leave_no_file_behind(server: PriceServer) -> None:
     wait_for(lambda: process.num_fds() <= before, what="files closed")
 
 
+def test_an_ipv6_address_is_listened_on(start_server: Start) -> None:
+    server = start_server(host="::1")
+    with socket.create_connection(("::1", server.port), timeout=10) as sock:
+        sock.sendall(get("/prices"))
+        assert read_all(sock).endswith(b"[]")
+
+
 @pytest.mark.parametrize(
     ("address", "forwarded", "told"),
     [

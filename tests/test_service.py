@@ -62,6 +62,12 @@ class Stderr:
         return [line.partition(" ")[2] for line in self.lines]
 
 
+def test_a_stderr_whose_disk_is_full_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(service, "STDERR", full.fileno())
+        service._write("nobody can be told")
+
+
 @pytest.fixture
 def start_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Log, Stderr]]]:
     logs: list[Log] = []
@@ -373,6 +379,17 @@ def test_the_watchdog_is_fed_three_times_in_its_time(
         systemd.feed_watchdog()
         now += 0.5
     assert fed == [(second, "WATCHDOG=1") for second in at]
+
+
+def test_a_systemd_that_does_not_read_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    systemd = NotifySocket(tmp_path, is_file=True)
+    with systemd.socket:
+        program = Systemd({"NOTIFY_SOCKET": systemd.address})
+        thread = threading.Thread(target=lambda: [program.tell("WATCHDOG=1") for _ in range(2_000)], daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert "systemd does not hear WATCHDOG=1" in caplog.text, "its queue was full"
 
 
 def test_a_systemd_that_does_not_listen_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:

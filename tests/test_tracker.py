@@ -205,6 +205,11 @@ def test_an_outage_is_one_warning_and_one_info_with_its_length(caplog: pytest.Lo
     ]
 
 
+def test_the_same_cause_is_a_warning_again_in_the_next_outage(caplog: pytest.LogCaptureFixture) -> None:
+    run([CoinApiError("timed out"), GOOD, CoinApiError("timed out")], until=14)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
 def test_another_cause_is_another_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run([CoinApiError("timed out"), CoinApiError("CoinAPI answered 403: no credits")], until=14)

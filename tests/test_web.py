@@ -457,6 +457,13 @@ def test_only_the_allowed_origins_may_read(narrowed: Figures, origin: str, allow
         assert refusal.error == f"origin {origin} is not allowed"
 
 
+def test_a_folded_origin_is_not_sent_back_though_the_host_is_folded_alike(narrowed: Figures) -> None:
+    folded = "server.example.com\r\n X-More: y"
+    answer = get(narrowed, "/prices", Host=folded, Origin=f"https://{folded}")
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    assert "X-More" not in answer.headers
+
+
 @pytest.mark.parametrize(
     "target",
     ["/", "/prices", "/prices/BTC", "/prices/DOGE", "/healthz", "/metrics", "/nope", "/history?range=2h", "/ws"],
