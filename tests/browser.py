@@ -89,7 +89,8 @@ class Page:
 
     def pass_time(self, seconds: float, asleep: bool = False) -> None:
         """In the page only; asleep: as on systems where the steady clock stands still in sleep."""
-        self.run("clock.wall += arguments[0]; clock.steady += arguments[1]", seconds * 1000, 0 if asleep else seconds * 1000)
+        script = "clock.wall += 1000 * arguments[0]; clock.steady += 1000 * arguments[1]; tick()"
+        self.run(script, seconds, 0 if asleep else seconds)
 
     def requests(self) -> list[str]:
         """What the browser asked for since the last call."""
