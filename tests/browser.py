@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import socket
+import socketserver
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -35,6 +39,7 @@ class Page:
         self.browser = browser
         self.run = browser.execute_script
         self.port = 0
+        self.lines_break = False  # in this test, so the console may speak of them
 
     def visit(self, port: int, state: str = "Live", query: str = "") -> None:
         self.port = port
@@ -85,7 +90,10 @@ class Page:
         return int(self.run("return document.documentElement.scrollWidth"))
 
     def look_away(self, hidden: bool = True) -> None:
-        self.run("clock.hidden = arguments[0]; document.dispatchEvent(new Event('visibilitychange'))", hidden)
+        self.run(
+            "clock.hidden = arguments[0]; document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))",
+            hidden,
+        )
 
     def pass_time(self, seconds: float, asleep: bool = False) -> None:
         """In the page only; asleep: as on systems where the steady clock stands still in sleep."""
@@ -106,7 +114,65 @@ class Page:
     def leave(self) -> None:
         errors = self.errors()
         self.browser.get("about:blank")
-        assert errors == []
+        broken = ("WebSocket connection to", "Failed to load resource") if self.lines_break else ()
+        assert [error for error in errors if not any(text in error for text in broken)] == []
+
+
+class Line(socketserver.ThreadingTCPServer):
+    """Between the browser and a server, bad where a test says so.
+
+    rates: bytes a second, by what a path starts with. 0: nothing comes. None: refused, as by a proxy without WebSocket.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, server: PriceServer):
+        super().__init__(("127.0.0.1", 0), LineHandler)
+        self.to, self.port = server.port, int(self.server_address[1])
+        self.rates: dict[str, int | None] = {}
+        self.frozen, self.cut_off = threading.Event(), threading.Event()  # for the connections so far
+
+    def freeze(self) -> None:
+        """Nothing comes any more on what is open, and nothing says so."""
+        self.frozen.set()
+        self.frozen = threading.Event()
+
+    def cut(self) -> None:
+        """End what is open and hangs."""
+        self.cut_off.set()
+        self.cut_off = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        """The browser hung up."""
+
+
+class LineHandler(socketserver.BaseRequestHandler):
+    server: Line
+
+    def handle(self) -> None:
+        self.frozen, self.cut_off = self.server.frozen, self.server.cut_off
+        head = self.request.recv(65536)
+        _, path, *_ = [*head.decode().split(" "), "", ""]
+        rate = next((rate for start, rate in self.server.rates.items() if path.startswith(start)), 1 << 30)
+        if rate is None:
+            self.request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        elif rate == 0:
+            self.cut_off.wait()
+        elif head:
+            with socket.create_connection(("127.0.0.1", self.server.to)) as server:
+                server.sendall(head)
+                threading.Thread(target=self.pass_on, args=(self.request, server), daemon=True).start()
+                self.pass_on(server, self.request, rate)
+
+    def pass_on(self, one: socket.socket, other: socket.socket, rate: int = 1 << 30) -> None:
+        with suppress(OSError):
+            while data := one.recv(min(max(rate // 20, 1), 65536)):
+                if self.frozen.is_set():
+                    self.cut_off.wait()
+                other.sendall(data)
+                self.cut_off.wait(len(data) / rate)
+            other.shutdown(socket.SHUT_WR)
 
 
 class Clock:
@@ -148,7 +214,23 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 @pytest.fixture
-def page(browser: Chrome, start_server: StartServer) -> Iterator[Page]:
+def lay_line(start_server: StartServer) -> Iterator[Callable[[PriceServer], Line]]:
+    """Lays lines to servers; they end behind the test."""
+    with ExitStack() as stack:
+
+        def lay(server: PriceServer) -> Line:
+            line = stack.enter_context(Line(server))
+            threading.Thread(target=line.serve_forever, args=(0.05,), daemon=True).start()
+            stack.callback(line.cut)
+            stack.callback(line.freeze)
+            stack.callback(line.shutdown)
+            return line
+
+        yield lay
+
+
+@pytest.fixture
+def page(browser: Chrome, start_server: StartServer, lay_line: object) -> Iterator[Page]:
     """The browser's page, left before the servers stop: else it would look for them, and say so in its console."""
     page = Page(browser)
     page.resize(1280)
