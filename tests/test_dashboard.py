@@ -176,6 +176,11 @@ def test_low_and_high_stand_beside_the_chart_and_on_a_phone_in_the_reading(page:
     assert (page.part("low"), page.part("high")) == (["90.00"] * 10, ["120.00"] * 10)
     chart, low = page.first("[data-part=chart]"), page.first("[data-part=low]")
     assert low.location["x"] >= chart.location["x"] + chart.size["width"]
+    page.visit(server.port, query="?assets=BTC")  # one chart, as wide as the page
+    page.wait_for_charts()
+    chart, low = page.first("[data-part=chart]"), page.first("[data-part=low]")
+    assert low.is_displayed()
+    assert low.location["x"] >= chart.location["x"] + chart.size["width"]
     page.resize(390)
     chart.send_keys(Keys.HOME)
     assert page.first("[data-part=reading]").text.splitlines()[1:] == ["low 90.00 · high 120.00"]
@@ -480,6 +485,13 @@ def test_what_a_finger_read_stays_when_it_is_lifted(page: Page, server: PriceSer
 
 
 # Room
+
+
+def test_the_page_is_short_enough_to_be_read_and_copied() -> None:
+    lines = (ROOT / "price_server/dashboard.html").read_text(encoding="utf-8").splitlines()
+    script = [line for line in lines[lines.index("<script>") :] if line and not line.lstrip().startswith("//")]
+    assert len(lines) <= 700
+    assert len(script) < 450  # of code
 
 
 @pytest.mark.parametrize("width", [320, 390, 640, 768, 1280])
