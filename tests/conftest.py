@@ -13,6 +13,8 @@ from stand_in import StandIn
 from coin_api import PriceUpdate
 from price_server import PriceServer
 
+pytest_plugins = ("browser",)  # its fixtures
+
 sys.setswitchinterval(0.0002)  # as the program does at its start
 
 

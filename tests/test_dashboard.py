@@ -1,130 +1,52 @@
-"""The page, in a real browser: headless Chromium, driven by Selenium."""
+"""What the page shows, in a real browser. How it keeps its connection stands in test_dashboard_states.py."""
 
-import json
+import os
 import re
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from running import ASSETS, Tracker, outside, wait_for
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService, Keys
+from browser import Clock, Page, StartServer, prices, record
+from running import ASSETS, ROOT, Tracker, wait_for
+from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.actions.interaction import POINTER_TOUCH
 from selenium.webdriver.common.actions.pointer_input import PointerInput
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
 from stand_in import KEY, StandIn
+from websockets.sync.client import connect
 
-import price_server
-from coin_api import CoinApi, PriceUpdate
+from coin_api import PriceUpdate
 from price_server import PriceServer
-from tracker import Poller
 
-FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync --window-size=1280,800"""
-Updates = Callable[[float], list[PriceUpdate]]
-StartServer = Callable[..., PriceServer]
+AXE = ROOT / ".venv/node_modules/axe-core/axe.min.js"
+DAY = 86400
+LONG_ID = "A" + 30 * "W" + "Z"  # the longest that the tracker takes
 
 
-class Page:
-    """The page of one server after another, in one browser; a visit starts with an empty log."""
-
-    def __init__(self, browser: Chrome):
-        self.browser = browser
-        self.run = browser.execute_script
-
-    def visit(self, port: int, state: str = "Live") -> None:
-        self.browser.get(f"http://127.0.0.1:{port}/")
-        self.wait_for_state(state)
-
-    def wait_for_state(self, state: str, seconds: float = 10.0) -> None:
-        wait_for(lambda: self.text("#state") == state, seconds, f"{state!r} on the page")
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, selector: str) -> str:
-        return str(self.run("return document.querySelector(arguments[0]).textContent", selector))
-
-    def texts(self, selector: str) -> list[str]:
-        script = "return [...document.querySelectorAll(arguments[0])].map((each) => each.textContent)"
-        return list(self.run(script, selector))
-
-    def style(self, selector: str, name: str) -> str:
-        return str(
-            self.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name)
-        )
-
-    def emulate(self, **features: str) -> None:
-        media = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-
-    def resize(self, width: int, height: int) -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-    def errors(self) -> list[str]:
-        """What the console said since the last call; a test that expects an error takes it off with this."""
-        return [entry["message"] for entry in self.browser.get_log("browser")]  # type: ignore[no-untyped-call]
-
-    def leave(self) -> None:
-        errors = self.errors()
-        self.browser.get("about:blank")
-        assert errors == []
+def walk(age: int) -> float:
+    """A price between 90 and 120, 100 a day ago."""
+    return {DAY - 21600: 90.0, DAY - 43200: 120.0}.get(age, 100.0)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    outside("chromium", "chromedriver")
-    options = ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # With a path of ours Selenium looks for no driver elsewhere, and downloads none.
-    browser = Chrome(options, ChromeService(shutil.which("chromedriver")))
-    yield browser
-    browser.quit()
-
-
-@pytest.fixture
-def page(browser: Chrome, start_server: StartServer) -> Iterator[Page]:
-    """The browser's page, left before the servers stop: else it would look for them, and say so in its console."""
-    page = Page(browser)
-    page.resize(1280, 800)
-    page.emulate()
-    yield page
-    page.leave()
-
-
-def fill_history(server: PriceServer, seconds: int = 3600, gap: range = range(0)) -> float:
-    """A point each 5 s, from 100.0 on and 0.5 up each time, but none at the ages in `gap`; returns the first's time."""
-    now, epoch = time.monotonic(), time.time()
-    for points in server.history.values():
-        for age in range(seconds - 5, 0, -5):
-            if age not in gap:
-                points.append((now - age, f"[{epoch - age:.3f},{100 + (seconds - 5 - age) / 10}]"))
-    return epoch - seconds + 5
+# Prices
 
 
 def test_ten_rows_stand_in_the_tracked_order_with_prices_as_a_person_reads_them(page: Page, coin_api: StandIn) -> None:
     with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
         page.visit(tracker.port)
-        prices = "65,980.10 4,166.21 1.1234 634.50 2.2093 207.43 27.81 0.0934 44.40 177.53"
-        assert page.texts("tbody th") == list(ASSETS)
-        assert page.texts(".value") == prices.split()
+        shown = "65,980.10 4,166.21 1.1234 634.50 2.2093 207.43 27.81 0.0934 44.40 177.53"
+        assert page.part("asset") == list(ASSETS)
+        assert page.part("price") == shown.split()
         assert page.text("h1") == "Prices in USD"
         assert page.browser.title == "65,980.10 BTC"
         page.leave()
 
 
 def test_a_price_keeps_the_digits_that_matter(page: Page, server: PriceServer) -> None:
-    page.visit(server.port, "Waiting for the first prices")
-    page.errors()
-    prices = [45000, 0.0934, 0.00001234, 1e-9, 177.534123456789, 0.093412345, 9.99999, 1065000000.4, 1e300]
-    read = page.run("return arguments[0].map((price) => formatPrice(price, decimalsOf(price)))", prices)
+    prices(server, 2.0)
+    page.visit(server.port)
+    numbers = [45000, 0.0934, 0.00001234, 1e-9, 177.534123456789, 0.093412345, 9.99999, 1065000000.4, 1e300]
+    read = page.run("return arguments[0].map((price) => formatPrice(price))", numbers)
     expected = "45,000.00 0.0934 0.00001234 1.0000e-9 177.53 0.093412 10.00 1,065,000,000 1.0000e+300"
     assert read == expected.split()
 
@@ -133,201 +55,328 @@ def test_prices_move_without_a_reload(page: Page) -> None:
     with Tracker("--demo", "--interval", "0.2") as tracker:
         page.visit(tracker.port)
         page.run("window.same = true")
-        before = page.texts(".value")
-        wait_for(lambda: all(a != b for a, b in zip(before, page.texts(".value"), strict=True)))
-        newest = "return document.querySelector('.chart').ariaValueText.split(' ')[0]"  # in the chart
-        wait_for(lambda: page.run(newest) != before[0])
+        before = page.part("price")
+        wait_for(lambda: all(a != b for a, b in zip(before, page.part("price"), strict=True)))
         assert page.run("return window.same")
         page.leave()
 
 
-def test_a_move_is_marked_by_more_than_colour(page: Page, server: PriceServer, updates: Updates) -> None:
-    server.publish(updates(2.0))
+TINTS = """
+    window.tints = [];
+    new MutationObserver(() => {
+      const {className, textContent} = document.querySelector('[data-part=price]');
+      if (className !== tints.at(-1)?.[0]) {
+        const colour = getComputedStyle(document.querySelector('[data-part=price]')).color;
+        tints.push([className, colour, document.getAnimations().length]);
+      }
+    }).observe(document.querySelector('[data-part=price]'), {attributes: true});
+"""
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_price_that_moved_is_tinted_for_a_moment_without_a_fade(page: Page, server: PriceServer, motion: str) -> None:
+    page.emulate(prefers_reduced_motion=motion)
+    prices(server, 2.0)
     page.visit(server.port)
-    assert set(page.texts(".mark")) == {""}
-    for price, mark, label in ((2.1, "▲", "up"), (2.0, "▼", "down")):
-        server.publish(updates(price))
-        wait_for(lambda mark=mark: set(page.texts(".mark")) == {mark})  # type: ignore[misc]
-        assert page.all(".mark")[0].accessible_name == label
+    ink = page.style("[data-part=price]", "color")
+    page.run(TINTS)
+    for price in (2.1, 1.9):
+        prices(server, price)
+        wait_for(lambda: page.run("return tints.at(-1)?.[0]") == "", what="the tint gone")
+        assert page.style("[data-part=price]", "color") == ink
+        page.run("tints.push(['-'])")
+    (up, up_colour, up_moves), _, _, (down, down_colour, down_moves), *_ = page.run("return tints")
+    assert (up, down, up_moves, down_moves) == ("up", "down", 0, 0)
+    assert (len({ink, up_colour, down_colour}) == 3) == (motion == "no-preference")
 
 
-def test_charts_are_filled_at_first_sight_and_break_where_prices_are_missing(page: Page, server: PriceServer) -> None:
-    fill_history(server, gap=range(1000, 1500))
-    server.publish([PriceUpdate(asset, 500.0, "2026-11-22T07:44:05.1234567Z") for asset in ASSETS])
+def test_the_arrow_belongs_to_the_change(page: Page, server: PriceServer) -> None:
+    record(server, DAY, 300)
+    page_shows = []
+    prices(server, 110.0)
     page.visit(server.port)
-    assert page.text("#span") == "Last hour"
-    assert set(page.texts(".change")) == {"+400.00%"}
-    for line in page.all(".line"):
-        path = line.get_attribute("d") or ""
-        first, *_, last = [float(x) for x in re.findall(r"[ML]([\d.]+) ", path)]
-        assert path.count("L") > 600
-        assert path.count("M") == 2
-        assert first < 5
-        assert last > 995
+    page.wait_for_charts()
+    for price in (109.0, 95.0, 96.0, 100.0):
+        prices(server, price)
+        wait_for(lambda price=price: page.part("price")[0] == f"{price:.2f}")  # type: ignore[misc]
+        page_shows.append((page.part("arrow")[0], page.part("change")[0], page.path("line") != ""))
+    assert page_shows == [("▲", "+9.00%", True), ("▼", "−5.00%", True), ("▼", "−4.00%", True), ("", "0.00%", True)]
 
 
-def test_a_server_without_prices_yet_is_waited_for(page: Page, server: PriceServer, updates: Updates) -> None:
-    server.report_failure("no answer from CoinAPI: no connection within 3 s")
+# The change and its range
+
+
+def test_the_change_names_its_period(page: Page, start_server: StartServer) -> None:
+    page.browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Europe/Berlin"})
+    clock = Clock(18 * 3600 - time.time() % DAY)  # 18 h UTC
+    server = start_server(**clock.options())
+    for past, shown in ((4 * 3600, "since 15:00"), (22 * 3600, r"since \d+ \w+, 21:00"), (DAY, "24 h")):
+        record(server, past, 300)
+        prices(server, 110.0)
+        page.visit(server.port)
+        page.wait_for_charts()
+        wait_for(lambda shown=shown: re.fullmatch(shown, page.text("#period")), what=shown)  # type: ignore[misc]
+        assert page.part("change") == ["+10.00%"] * 10
+        assert page.part("since") == [""] * 10
+    page.browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
+
+
+def test_a_row_with_less_past_than_the_others_says_so(page: Page, server: PriceServer) -> None:
+    record(server, DAY, 300)
+    for age in range(1200, 0, -300):
+        server.history.add({"BTC": "1.0"}, time.time() - age)
+    server.history.add({"BTC": "1.0"}, time.time())
     page.visit(server.port, "Waiting for the first prices")
-    assert page.texts(".value") == ["–"] * 10
-    assert page.all("#reason")[0].text == "Last error: no answer from CoinAPI: no connection within 3 s"
-    assert all("healthz" in error and "503" in error for error in page.errors())
-    server.publish(updates(2.0))
+    page.wait_for_charts()
+    page.errors()
+    assert page.part("since") == [""] * 10
+    assert page.text("#period") == "24 h"
+
+
+def test_a_day_is_shown_first_once_there_is_more_than_an_hour_of_past(page: Page, start_server: StartServer) -> None:
+    for past, shown in ((3000, "1h"), (2 * 3600, "24h")):
+        server = start_server()
+        record(server, past, 300)
+        prices(server, 110.0)
+        page.visit(server.port)
+        page.wait_for_charts()
+        assert page.texts("#ranges button") == ["1h", "24h", "7d", "30d", "1y"]
+        assert page.texts("#ranges [aria-pressed=true]") == [shown]
+        assert page.browser.current_url == f"http://127.0.0.1:{server.port}/"
+
+
+def test_the_range_stands_in_the_address_and_is_remembered_by_it_alone(page: Page, server: PriceServer) -> None:
+    record(server, 6 * DAY, 1800)
+    record(server, DAY - 300, 300, lambda age: 50.0)
+    prices(server, 110.0)
+    page.visit(server.port, query="?assets=BTC,ETH")
+    wait_for(lambda: page.part("change") == ["+120.00%"] * 2)
+    button = page.all("#ranges button")[2]
+    button.click()
+    wait_for(lambda: page.part("change") == ["+10.00%"] * 2)
+    assert page.text("#period").startswith("since ")
+    assert page.texts("#ranges [aria-pressed=true]") == ["7d"]
+    assert page.run("return document.activeElement.textContent") == "7d"
+    assert page.browser.current_url == f"http://127.0.0.1:{server.port}/?assets=BTC,ETH&range=7d"
+    assert page.first("#history").get_attribute("href") == (
+        f"http://127.0.0.1:{server.port}/history?range=7d&assets=BTC,ETH"
+    )
+    page.browser.refresh()
+    wait_for(lambda: page.part("change") == ["+10.00%"] * 2)
+    page.visit(server.port, query="?range=2h")
+    assert page.texts("#ranges [aria-pressed=true]") == ["24h"]
+    assert page.run("return localStorage.length + sessionStorage.length + document.cookie.length") == 0
+
+
+def test_low_and_high_stand_beside_the_chart_and_on_a_phone_in_the_reading(page: Page, server: PriceServer) -> None:
+    record(server, DAY, 300, walk)
+    prices(server, 110.0)
+    page.visit(server.port)
+    page.wait_for_charts()
+    assert (page.part("low"), page.part("high")) == (["90.00"] * 10, ["120.00"] * 10)
+    chart, low = page.first("[data-part=chart]"), page.first("[data-part=low]")
+    assert low.location["x"] >= chart.location["x"] + chart.size["width"]
+    page.visit(server.port, query="?assets=BTC")  # one chart, as wide as the page
+    page.wait_for_charts()
+    chart, low = page.first("[data-part=chart]"), page.first("[data-part=low]")
+    assert low.is_displayed()
+    assert low.location["x"] >= chart.location["x"] + chart.size["width"]
+    page.resize(390)
+    chart.send_keys(Keys.HOME)
+    assert page.first("[data-part=reading]").text.splitlines()[1:] == ["low 90.00 · high 120.00"]
+    assert low.size["width"] <= 1 or low.location["x"] < 0 or page.style(".extent", "clipPath") == "inset(50%)"
+
+
+def test_at_an_interval_of_an_hour_two_polls_make_a_chart_and_a_change(page: Page, start_server: StartServer) -> None:
+    clock = Clock()
+    server = start_server(interval=3600.0, **clock.options())
+    prices(server, 100.0)
+    page.visit(server.port)
+    assert page.texts("#ranges [aria-pressed=true]") == ["24h"]
+    clock.ahead = 3600
+    page.pass_time(3600)
     page.wait_for_state("Live")
-    wait_for(lambda: page.texts(".value") == ["2.00"] * 10)
-    wait_for(lambda: all(line.get_attribute("d") for line in page.all(".line")))
+    prices(server, 105.0)
+    wait_for(lambda: page.part("change") == ["+5.00%"] * 10)
+    page.wait_for_charts()
 
 
-def test_a_lost_connection_shows_and_the_page_comes_back_by_itself(page: Page) -> None:
-    with Tracker("--demo") as tracker:
-        page.visit(tracker.port)
-        page.run("window.same = true")
-        live = page.style(".value", "color")
-        tracker.stop()
-        page.wait_for_state("Connection lost, reconnecting", 2)
-        assert page.style(".value", "color") != live
-        assert page.browser.title.startswith("LOST ")
-    with Tracker("--demo", "--port", str(tracker.port)):
-        page.wait_for_state("Live")
-        wait_for(lambda: page.style(".value", "color") == live)
-        assert page.run("return window.same")
-        assert [error for error in page.errors() if "WebSocket connection" not in error] == []
-        page.leave()
+# Which assets
 
 
-def test_the_page_comes_back_at_once_when_the_browser_comes_online(
-    page: Page, start_server: StartServer, updates: Updates
-) -> None:
-    first = start_server()
-    page.visit(first.port, "Waiting for the first prices")
-    page.run("attempts = 9")  # so that the next try is 5 to 10 s away
-    first.shutdown_gracefully()
-    page.wait_for_state("Connection lost, reconnecting", 2)
-    start_server(port=first.port).publish(updates(2.0))
-    page.run("dispatchEvent(new Event('online'))")
-    page.wait_for_state("Live", 2)
-    page.errors()
+def test_only_the_assets_in_the_address_are_shown_and_asked_for(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
+    page.visit(server.port, query="?assets=eth,%20BTC&assets=SOL")
+    page.wait_for_charts()
+    assert page.part("asset") == ["BTC", "ETH", "SOL"]
+    asked = [url.partition(f":{server.port}")[2] for url in page.requests()]
+    assert sorted(asked)[1:] == [
+        "/healthz", "/history?range=1h&assets=BTC,ETH,SOL", "/ws?assets=BTC,ETH,SOL"
+    ]  # fmt: skip
+    assert page.first("#all").is_displayed()
+    assert page.first("#all").get_attribute("href") == f"http://127.0.0.1:{server.port}/?"
+    prices(server, 3.0)
+    wait_for(lambda: page.part("price") == ["3.00"] * 3)
 
 
-def test_a_server_restarted_with_other_assets_gets_other_rows(
-    page: Page, start_server: StartServer, updates: Updates
-) -> None:
-    first = start_server()
-    first.publish(updates(2.0))
-    page.visit(first.port)
-    first.shutdown_gracefully()
-    second = start_server(("SOL", "BTC"), port=first.port, quote="EUR", source="demo")
-    second.publish([PriceUpdate("SOL", 177.5, "2026-11-22T07:44:05.1234567Z")])
-    wait_for(lambda: page.texts("tbody th") == ["SOL", "BTC"])
-    assert page.texts(".value") == ["177.50", "–"]
-    assert page.text("h1") == "Prices in EUR"
-    assert page.browser.title == "DEMO 177.50 SOL"
-    page.errors()
+def test_an_unknown_asset_is_named_and_the_others_are_shown(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
+    for query, named, shown in (
+        ("?assets=DOGE,BTC,<b>", "Not tracked here: DOGE, <B>.", ["BTC"]),
+        ("?assets=DOGE", "Not tracked here: DOGE.", list(ASSETS)),
+        ("?assets=", "", list(ASSETS)),
+    ):
+        page.visit(server.port, query=query)
+        assert page.text("#unknown") == named
+        assert page.part("asset") == shown
 
 
-def test_prices_that_a_restarted_server_does_not_know_leave_the_page(
-    page: Page, start_server: StartServer, updates: Updates
-) -> None:
+def test_with_few_rows_the_charts_grow(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
+    heights = []
+    for query in ("", "?assets=BTC,ETH,XRP,SOL", "?assets=BTC,ETH", "?assets=BTC"):
+        page.visit(server.port, query=query)
+        heights.append(page.first("[data-part=chart]").size["height"])
+        bottom = page.run("return document.querySelector('main').getBoundingClientRect().bottom")
+        assert bottom <= 800 or not query
+    assert heights == sorted(heights)
+    assert len(set(heights)) == 4
+    assert heights[-1] > 400
+
+
+def test_more_than_fifteen_assets_are_sorted_by_a_click(page: Page, start_server: StartServer) -> None:
+    assets = ("BTC", "AAA", "ZZZ", *(f"T{number:02}" for number in range(13)))
+    server = start_server(assets)
+    record(server, 2 * 3600, 300)
+    prices(server, 101.0, ZZZ=90.0, AAA=120.0)
+    page.visit(server.port)
+    wait_for(lambda: page.part("change")[2] == "−10.00%")
+    name, change = page.all("thead button")
+    for button, first, last, way in (
+        (change, "AAA", "ZZZ", "descending"),
+        (change, "ZZZ", "AAA", "ascending"),
+        (change, "BTC", "T12", "none"),
+        (name, "AAA", "ZZZ", "ascending"),
+        (name, "ZZZ", "AAA", "descending"),
+        (name, "BTC", "T12", "none"),
+    ):
+        button.click()
+        shown = page.part("asset")
+        assert (shown[0], shown[-1], len(shown)) == (first, last, 16)
+        assert button.find_element("xpath", "..").get_attribute("aria-sort") == way
+    assert page.browser.title.endswith("BTC")
+
+
+def test_ten_assets_are_not_sorted(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
+    page.visit(server.port)
+    for button in page.all("thead button"):
+        assert not button.is_enabled()
+
+
+# Charts
+
+
+def test_a_chart_breaks_where_prices_are_missing(page: Page, server: PriceServer) -> None:
+    now = time.time()
+    for age in range(3000, 0, -10):
+        if age not in range(1000, 1500):
+            server.history.add(dict.fromkeys(ASSETS, "100.0"), now - age)
+    prices(server, 500.0)
+    page.visit(server.port, query="?range=1h")
+    page.wait_for_charts()
+    assert page.part("change") == ["+400.00%"] * 10
+    for row in (0, 9):
+        path = page.path("line", row)
+        first, *_, last = [float(x) for x in re.findall(r"[ML](-?[\d.]+) ", path)]
+        assert path.count("L") > 200
+        assert path.count("M") == 2
+        assert (first, last) == (pytest.approx(0, abs=5), pytest.approx(1000, abs=5))
+
+
+def test_what_was_just_begun_is_drawn_only_where_there_are_prices(page: Page, start_server: StartServer) -> None:
     server = start_server()
-    fill_history(server)
-    server.publish(updates(2.0))
+    now = time.time()
+    server.history.add(dict.fromkeys(ASSETS, "100.0"), now - 12)
+    prices(server, 100.01)
     page.visit(server.port)
-    for known in (1, 0):
-        server.shutdown_gracefully()
-        server = start_server(port=server.port)
-        if known:
-            server.publish(updates(3.0)[:known])
-        wait_for(lambda known=known: page.texts(".value") == ["3.00"] * known + ["–"] * (10 - known))  # type: ignore[misc]
-    page.wait_for_state("Waiting for the first prices")
-    assert {line.get_attribute("d") for line in page.all(".line")} == {None}
-    assert page.browser.title == "Prices"
-    page.errors()
+    page.wait_for_charts()
+    xs = [float(x) for x in re.findall(r"[ML](-?[\d.]+) ", page.path("line"))]
+    ys = [float(y) for y in re.findall(r"[ML]-?[\d.]+ ([\d.]+)", page.path("line"))]
+    assert min(xs) > 900  # 12 s of 5 min
+    assert max(ys) - min(ys) < 10  # of 100: no slash
+    base = re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", page.path("base"))
+    assert base
+    assert [float(x) for x in base.groups()] == [min(xs), max(xs)]
 
 
-def test_coinapi_failing_turns_the_page_stale_until_it_answers_again(
-    page: Page, start_server: StartServer, coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(price_server, "STALE_AFTER", 1.5)
-    server = start_server(interval=0.2)
-    poller = Poller(CoinApi(KEY, url=coin_api.url), server, 0.2)
-    threading.Thread(target=poller.run, daemon=True).start()
-    wait_for(lambda: server.last_success)
+def test_the_noise_of_a_stablecoin_does_not_look_like_a_crash(page: Page, start_server: StartServer) -> None:
+    server = start_server(("USDT", "BTC"))
+    for age in range(3000, 0, -10):
+        noise = 1e-5 * (age % 20 > 0)
+        server.history.add({"USDT": f"{1 + noise}", "BTC": f"{100 + 1e5 * noise}"}, time.time() - age)
+    prices(server, 1.0, BTC=100.0)
+    page.visit(server.port, query="?range=1h")
+    page.wait_for_charts()
+    heights = []
+    for row in (0, 1):
+        ys = [float(y) for y in re.findall(r"[ML]-?[\d.]+ ([\d.]+)", page.path("line", row))]
+        heights.append(max(ys) - min(ys))
+    assert heights == [pytest.approx(0.5, abs=0.2), pytest.approx(92, abs=1)]
+
+
+# Notes and texts
+
+
+def test_an_asset_without_a_price_says_so(page: Page, server: PriceServer) -> None:
+    server.publish([PriceUpdate("BTC", 2.0, "2026-11-22T07:44:05.1234567Z")])
     page.visit(server.port)
-    live = page.style(".value", "color")
-    coin_api.say(b"", 500)
-    page.wait_for_state("Stale", 5)
-    assert page.style(".value", "color") != live
-    assert page.browser.title == "STALE 65,980.10 BTC"
-    coin_api.recover()
-    page.wait_for_state("Live")
-    assert page.style(".value", "color") == live
-    poller.stop()
+    wait_for(lambda: page.part("note") == ["", *["no price yet"] * 9])
+    prices(server, 3.0)
+    wait_for(lambda: page.part("price") == ["3.00"] * 10)
+    page.pass_time(5)
+    wait_for(lambda: page.part("note") == [""] * 10)
 
 
-def test_prices_that_were_old_on_arrival_do_not_look_fresh(page: Page, server: PriceServer, updates: Updates) -> None:
-    server.publish(updates(2.0))
-    assert server.last_success
-    server.last_success -= 7260
-    server.report_failure("CoinAPI answered 403: Quota exceeded")
-    page.visit(server.port, "Stale")
-    assert page.text("#age") == "prices 2 h 1 min old"
-    assert page.all("#reason")[0].text == "Last error: CoinAPI answered 403: Quota exceeded"
-    assert all("healthz" in error and "503" in error for error in page.errors())
-    server.publish(updates(2.0))
-    page.wait_for_state("Live", 2)
-    assert not page.all("#reason")[0].is_displayed()
-
-
-def test_a_connection_that_went_silent_is_replaced(
-    page: Page, start_server: StartServer, updates: Updates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(price_server, "STALE_AFTER", 6.0)
-    server = start_server(interval=0.2)
-    server.publish(updates(2.0))
+def test_an_asset_that_only_the_past_knows_says_since_when(page: Page, server: PriceServer) -> None:
+    record(server, 7200, 300)
+    server.publish([PriceUpdate("BTC", 2.0, "2026-11-22T07:44:05.1234567Z")])
     page.visit(server.port)
-    page.run("socket.onmessage = () => {}; polled -= 10; checked -= 60")  # nothing came for long, nothing closed
-    server.publish(updates(3.0))
-    wait_for(lambda: page.texts(".value") == ["3.00"] * 10)
-    page.wait_for_state("Live")
+    wait_for(lambda: page.part("note")[1].startswith("no price since "))
+    assert (page.part("price")[1], page.part("note")[0]) == ("100.00", "")
+    assert page.all("tbody tr")[1].get_attribute("class") == "old"
 
 
 def test_one_asset_with_an_old_time_is_marked(page: Page, server: PriceServer) -> None:
     times = dict.fromkeys(ASSETS, "2026-11-22T07:44:05.1234567Z") | {"XLM": "2026-11-22T07:31:05.1234567Z"}
     server.publish([PriceUpdate(asset, 2.0, at) for asset, at in times.items()])
     page.visit(server.port)
-    shown = {row.text.split()[0]: row.text for row in page.all("tbody tr")}
-    assert "13 min behind" in shown.pop("XLM")
-    assert not any("behind" in text for text in shown.values())
-    assert page.style("tr:nth-child(8) .value", "color") != page.style("tr:nth-child(7) .value", "color")
+    wait_for(lambda: page.part("note") == ["13 min behind" if asset == "XLM" else "" for asset in ASSETS])
+    assert page.style("tr:nth-child(8) .price", "color") != page.style("tr:nth-child(7) .price", "color")
 
 
-def test_simulated_prices_are_labelled(page: Page, start_server: StartServer, updates: Updates) -> None:
-    for source, shown, about in (("demo", True, "simulated"), ("coinapi", False, "24 hours weighted by volume")):
+def test_simulated_prices_are_labelled_and_the_rate_is_said_to_be_an_average(
+    page: Page, start_server: StartServer
+) -> None:
+    for source, shown, about in (
+        ("demo", True, "simulated"),
+        ("coinapi", False, "24 hours weighted by volume, not the last trade. Change, high and low are those of this"),
+    ):
         server = start_server(source=source)
-        server.publish(updates(45000))
+        prices(server, 45000)
         page.visit(server.port)
-        assert page.all("#demo")[0].is_displayed() == shown
+        assert page.first("header [data-source=demo]").is_displayed() == shown
         assert page.browser.title == ("DEMO " if shown else "") + "45,000.00 BTC"
-        assert about in page.text("#about")
+        assert about in page.first("footer").text.replace("\n", " ")
 
 
-def test_no_other_host_is_asked(page: Page, server: PriceServer, updates: Updates) -> None:
-    page.browser.get_log("performance")  # type: ignore[no-untyped-call]
-    server.publish(updates(2.0))
+def test_the_footer_tells_the_addresses_of_the_data_and_of_the_feed(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
     page.visit(server.port)
-    events = [json.loads(entry["message"])["message"] for entry in page.browser.get_log("performance")]  # type: ignore[no-untyped-call]
-    urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
-    urls |= {event["params"]["url"] for event in events if event["method"] == "Network.webSocketCreated"}
-    here = f"http://127.0.0.1:{server.port}/"
-    assert {url for url in urls if not url.startswith("data:")} == {
-        here, f"{here}healthz", f"{here}history", f"ws://127.0.0.1:{server.port}/ws"
-    }  # fmt: skip
-
-
-def test_the_page_tells_the_address_that_it_uses_itself(page: Page, server: PriceServer, updates: Updates) -> None:
-    server.publish(updates(2.0))
-    page.visit(server.port)
-    assert page.text("#feed") == page.run("return socket.url") == f"ws://127.0.0.1:{server.port}/ws"
+    here = f"127.0.0.1:{server.port}"
+    links = [link.get_attribute("href") for link in page.all("footer a")]
+    assert links == [f"http://{here}/prices", f"http://{here}/history?range=1h"]
+    assert page.text("#feed") == f"ws://{here}/ws"
     behind = {
         "https://prices.example/": "wss://prices.example/ws",
         "https://example.org/prices/?theme=x#top": "wss://example.org/prices/ws",
@@ -336,127 +385,261 @@ def test_the_page_tells_the_address_that_it_uses_itself(page: Page, server: Pric
     assert {base: page.run("return feedAddress(arguments[0])", base) for base in behind} == behind
 
 
-def test_a_phone_needs_no_sideways_scrolling(page: Page, server: PriceServer, updates: Updates) -> None:
-    fill_history(server)
-    server.publish(updates(123456.0))
-    page.resize(390, 844)
+def test_no_other_host_is_asked(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
     page.visit(server.port)
-    chart = page.all(".chart")[0]
-    for key in (Keys.END, Keys.HOME):
-        chart.send_keys(key)
-        assert page.all(".reading")[0].is_displayed()
-        assert page.run("return document.documentElement.scrollWidth") == 390
-    assert chart.size["width"] > 40
+    page.wait_for_charts()
+    here = f"http://127.0.0.1:{server.port}/"
+    asked = {here, f"{here}healthz", f"{here}history?range=1h", f"ws://127.0.0.1:{server.port}/ws"}
+    assert set(page.requests()) == asked
 
 
-def test_the_state_stays_in_sight(page: Page, server: PriceServer, updates: Updates) -> None:
-    server.publish(updates(2.0))
-    page.resize(390, 400)
+# Reading a chart
+
+
+def test_the_keyboard_reads_a_chart(page: Page, server: PriceServer) -> None:
+    record(server, 600, 10, lambda age: 160.0 - age / 10)
+    prices(server, 160.0)
     page.visit(server.port)
-    page.run("scrollTo(0, document.body.scrollHeight)")
-    assert page.run("return scrollY") > 100
-    assert page.run("return document.querySelector('#state').getBoundingClientRect().top") > 0
-
-
-def contrast(one: str, other: str) -> float:
-    """The contrast of two colours like "rgb(1, 2, 3)", as WCAG 2 counts it."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_light_and_dark_and_in_each_state(
-    page: Page, server: PriceServer, updates: Updates, scheme: str
-) -> None:
-    page.emulate(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
-    fill_history(server)
-    server.publish(updates(45000))
-    page.visit(server.port)
-    assert (contrast(page.style("body", "backgroundColor"), "rgb(255, 255, 255)") < 2) == (scheme == "light")
-    for state in ("live", "stale", "lost", "starting"):
-        script = """document.body.dataset.state = arguments[0];
-            const colour = (name, element) => getComputedStyle(document.querySelector(element))[name];
-            const at = (element, behind) => [element, colour('color', element), colour('backgroundColor', behind)];
-            return ['#state', '#age', '#reason'].map((element) => at(element, 'header'))
-                .concat(['.value', '.change', 'thead th', '#about'].map((element) => at(element, 'body')))
-                .concat([at('#demo', '#demo'), at('code', 'code'), at('.reading', '.reading')])"""
-        for element, text, behind in page.run(script, state):
-            opaque = page.style("body", "backgroundColor") if behind == "rgba(0, 0, 0, 0)" else behind
-            assert contrast(text, opaque) >= 4.5, (scheme, state, element)
-
-
-@pytest.mark.parametrize(("motion", "animated"), [("no-preference", 10), ("reduce", 0)])
-def test_nothing_moves_for_people_who_asked_for_that(
-    page: Page, server: PriceServer, updates: Updates, motion: str, animated: int
-) -> None:
-    page.emulate(prefers_reduced_motion=motion)
-    server.publish(updates(2.0))
-    page.visit(server.port)
-    server.publish(updates(2.1))
-    wait_for(lambda: set(page.texts(".mark")) == {"▲"})
-    assert page.run("return document.getAnimations().length") == animated
-
-
-def test_the_keyboard_reads_a_chart(page: Page, server: PriceServer, updates: Updates) -> None:
-    began = fill_history(server, 600)
-    server.publish(updates(160.0))
-    page.visit(server.port)
+    page.wait_for_charts()
     assert page.run("return document.querySelectorAll('[tabindex=\"0\"]').length") == 10
-    chart = page.all(".chart")[0]
-    for key, price, at in (
-        (Keys.HOME, "100.00", began),
-        (Keys.RIGHT, "100.50", began + 5),
-        (Keys.LEFT, "100.00", began),
+    chart = page.first("[data-part=chart]")
+    for key, price in (
+        (Keys.HOME, "100.00"),
+        (Keys.RIGHT, "101.00"),
+        (Keys.LEFT, "100.00"),
+        (Keys.UP, "101.00"),
+        (Keys.PAGE_UP, "137.00"),
+        (Keys.DOWN, "136.00"),
+        (Keys.END, "160.00"),
     ):
         chart.send_keys(key)
-        assert page.text(".reading") == f"{price} · {page.run('return formatTime(arguments[0])', at)}"
-    chart.send_keys(Keys.END)
+        assert page.part("text")[0].split(" · ")[0] == price, key
     assert (chart.get_attribute("aria-valuetext") or "").startswith("160.00 USD at ")
     chart.send_keys(Keys.ESCAPE)
-    assert not page.all(".reading")[0].is_displayed()
+    assert not page.first("[data-part=reading]").is_displayed()
 
 
-def test_the_mouse_reads_a_chart_while_it_is_over_it(page: Page, server: PriceServer, updates: Updates) -> None:
-    fill_history(server)
-    server.publish(updates(460.0))
+def test_what_is_read_does_not_move_by_itself(page: Page, server: PriceServer) -> None:
+    record(server, 600, 10)
+    prices(server, 100.0)
     page.visit(server.port)
-    ActionChains(page.browser).move_to_element(page.all(".chart")[4]).click().perform()
-    assert [reading.is_displayed() for reading in page.all(".reading")] == [row == 4 for row in range(10)]
-    price = float(page.texts(".reading")[4].split(" · ")[0])
-    assert price == pytest.approx(280, abs=4)
-    ActionChains(page.browser).move_to_element(page.all("h1")[0]).perform()
-    assert not page.all(".reading")[4].is_displayed()
+    page.wait_for_charts()
+    chart = page.first("[data-part=chart]")
+    for key in (Keys.END, Keys.LEFT):
+        chart.send_keys(key)
+        values = "const {ariaValueNow, ariaValueText} = arguments[0]; return [ariaValueNow, ariaValueText]"
+        before, line = page.run(values, chart), page.path("line")
+        for price in (101.0, 102.0):
+            prices(server, price)
+            wait_for(lambda price=price: page.part("price")[0] == f"{price:.2f}")  # type: ignore[misc]
+        page.pass_time(20)
+        wait_for(lambda line=line: page.path("line") != line)  # type: ignore[misc]
+        assert page.run(values, chart) == before
 
 
-def test_what_a_finger_read_stays_when_it_is_lifted(page: Page, server: PriceServer, updates: Updates) -> None:
-    fill_history(server)
-    server.publish(updates(460.0))
+def test_the_time_that_is_read_names_its_zone(page: Page, start_server: StartServer) -> None:
+    """A day in which Berlin's clocks go back: 3:00 comes twice, an hour apart."""
+    page.browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Europe/Berlin"})
+    change = 1792890000  # 2026-10-25T01:00Z
+    clock = Clock(change + 7200 - time.time())
+    server = start_server(**clock.options())
+    record(server, 4 * 3600, 300)
+    prices(server, 100.0)
+    page.visit(server.port)
+    page.wait_for_charts()
+    read = page.run("return [arguments[0], arguments[0] - 3600].map((time) => formatTime(time))", change + 1800)
+    assert [re.sub(r"^.*02:30", "02:30", text) for text in read] in (
+        ["02:30 CET", "02:30 CEST"],
+        ["02:30 GMT+1", "02:30 GMT+2"],
+    )
+    page.first("[data-part=chart]").send_keys(Keys.HOME)
+    assert re.search(r" (CEST|GMT\+2)$", page.part("text")[0])
+    page.browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
+
+
+def test_the_mouse_reads_a_chart_while_it_is_over_it(page: Page, server: PriceServer) -> None:
+    record(server, 3600, 10, lambda age: 460.0 - age / 10)
+    prices(server, 460.0)
+    page.visit(server.port, query="?range=1h")
+    page.wait_for_charts()
+    ActionChains(page.browser).move_to_element(page.all("[data-part=chart]")[4]).click().perform()
+    assert [reading.is_displayed() for reading in page.all("[data-part=reading]")] == [row == 4 for row in range(10)]
+    assert float(page.part("text")[4].split(" · ")[0]) == pytest.approx(280, abs=4)
+    ActionChains(page.browser).move_to_element(page.first("h1")).perform()
+    assert not page.all("[data-part=reading]")[4].is_displayed()
+
+
+def test_what_a_finger_read_stays_when_it_is_lifted(page: Page, server: PriceServer) -> None:
+    record(server, 3600, 10)
+    prices(server, 460.0)
     page.resize(390, 844)
     page.visit(server.port)
+    page.wait_for_charts()
     for chart in (2, 5):
         finger = ActionBuilder(page.browser, mouse=PointerInput(POINTER_TOUCH, "finger"))
-        finger.pointer_action.move_to(page.all(".chart")[chart]).pointer_down().pointer_up()
+        finger.pointer_action.move_to(page.all("[data-part=chart]")[chart]).pointer_down().pointer_up()
         finger.perform()
-        shown = [reading.is_displayed() for reading in page.all(".reading")]
+        shown = [reading.is_displayed() for reading in page.all("[data-part=reading]")]
         assert shown == [row == chart for row in range(10)]
 
 
-def test_a_screen_reader_hears_the_state_and_never_each_price(
-    page: Page, server: PriceServer, updates: Updates
-) -> None:
-    server.publish(updates(2.0))
+# Room
+
+
+def test_the_page_is_short_enough_to_be_read_and_copied() -> None:
+    lines = (ROOT / "price_server/dashboard.html").read_text(encoding="utf-8").splitlines()
+    script = [line for line in lines[lines.index("<script>") :] if line and not line.lstrip().startswith("//")]
+    assert len(lines) <= 700
+    assert len(script) < 450  # of code
+
+
+@pytest.mark.parametrize("width", [320, 390, 640, 768, 1280])
+def test_nothing_scrolls_sideways_however_large_the_text(page: Page, start_server: StartServer, width: int) -> None:
+    server = start_server((*ASSETS, LONG_ID, "PEPE", "HUGE", "OLD"))
+    record(server, DAY, 300)
+    late = PriceUpdate("OLD", 1.0, "2026-11-21T06:44:05.1234567Z")
+    prices(
+        server,
+        123456.0,
+        "2026-11-22T07:44:05.1234567Z",
+        **{LONG_ID: 1.23456e-5, "PEPE": 0.00000123, "HUGE": 124591970537.0},
+    )
+    server.publish([late])
+    page.resize(width)
+    page.visit(server.port)
+    page.wait_for_charts()
+    wait_for(lambda: page.part("note")[-1] == "25 h 0 min behind")
+    for size in (100, 130, 200):
+        page.run("document.documentElement.style.fontSize = `${arguments[0]}%`", size)
+        for key in (Keys.END, Keys.HOME):
+            page.first("[data-part=chart]").send_keys(key)
+            # By the window's width, which a phone's browser would widen, and in the frame behind the change.
+            wait_for(lambda: page.width() <= width, what=f"{width} px at {size} %: {page.width()}")
+            assert page.first("[data-part=reading]").is_displayed()
+
+
+def test_a_narrow_row_has_two_lines(page: Page, server: PriceServer) -> None:
+    record(server, 3600, 300, lambda age: 120000.0)
+    prices(server, 123456.0)
+    for width, lines in ((320, 2), (639, 2), (900, 1)):
+        page.resize(width)
+        page.visit(server.port)
+        page.wait_for_charts()
+        row = page.first("tbody tr")
+        tops = [row.find_element("css selector", name).rect for name in ("th", ".price", ".change", ".chart")]
+        assert max(rect["y"] for rect in tops[:3]) < min(rect["y"] + rect["height"] for rect in tops[:3])
+        assert (tops[3]["y"] >= max(rect["y"] for rect in tops[:3]) + 15) == (lines == 2)
+        assert (tops[3]["width"] > width - 50) == (lines == 2)
+
+
+def test_an_id_is_not_cut_where_there_is_room(page: Page, start_server: StartServer) -> None:
+    ids = ("WSTETH.ARBITRUM", LONG_ID)
+    server = start_server((*ASSETS, *ids))
+    prices(server, 2.0)
+    page.visit(server.port)
+    one, long = [element for element in page.all("[data-part=asset]") if element.text.replace("\n", "") in ids]
+    assert one.size["height"] < 1.5 * page.first("[data-part=asset]").size["height"]  # one line
+    assert page.run("return arguments[0].scrollWidth <= arguments[0].clientWidth", long)
+
+
+def test_the_state_stays_in_sight_and_its_header_small_with_a_long_error(page: Page, start_server: StartServer) -> None:
+    clock = Clock(-7200)
+    server = start_server(**clock.options())
+    prices(server, 2.0)
+    clock.ahead = 0
+    server.report_failure("CoinAPI answered 403: Quota exceeded: Insufficient Usage Credits or Subscription. " * 4)
+    page.resize(320, 568)
+    page.visit(server.port, "Stale")
+    page.errors()
+    assert page.first("#error").is_displayed()
+    page.run("scrollTo(0, document.body.scrollHeight)")
+    assert page.run("return scrollY") > 100
+    header = page.run("return document.querySelector('header').getBoundingClientRect().toJSON()")
+    assert header["top"] == 0
+    assert header["height"] < 568 / 5
+
+
+def test_what_has_the_focus_is_not_hidden_behind_the_header(page: Page, server: PriceServer) -> None:
+    record(server, 3600, 300)
+    prices(server, 2.0)
+    page.resize(390, 500)
+    page.visit(server.port)
+    page.wait_for_charts()
+    page.all("[data-part=chart]")[-1].send_keys(Keys.END)
+    for _ in range(9):
+        ActionChains(page.browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+        top = "return document.activeElement.getBoundingClientRect().top"
+        assert page.run(top) >= page.first("header").size["height"]
+
+
+# For everybody
+
+
+def test_a_screen_reader_hears_the_state_and_never_each_price(page: Page, server: PriceServer) -> None:
+    prices(server, 2.0)
     page.visit(server.port)
     assert [each.text for each in page.all("[role=status], [aria-live], output")] == ["Live"]
-    assert [each.aria_role for each in page.all("tbody tr:first-child > *")] == ["rowheader", "cell", "cell", "cell"]
-    assert page.all(".chart")[0].accessible_name == "BTC chart"
+    for width in (1280, 390):
+        page.resize(width)
+        roles = ["rowheader", "cell", "cell", "cell", "cell"]
+        assert [each.aria_role for each in page.all("tbody tr:first-child > *")] == roles
+    assert page.first("[data-part=chart]").accessible_name == "BTC chart"
     # The text is set once: setting it again would have it said again.
     page.run("window.said = []; new MutationObserver((all) => said.push(...all)).observe(state, {childList: true})")
-    server.publish(updates(3.0))
-    wait_for(lambda: page.texts(".value") == ["3.00"] * 10)
+    prices(server, 3.0)
+    wait_for(lambda: page.part("price") == ["3.00"] * 10)
     assert page.run("tick(); tick(); return said.length") == 0
+
+
+def axe_source() -> str:
+    if not AXE.exists():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"not installed: {AXE.name}")
+        pytest.skip("not installed: axe-core, which `npm install --prefix .venv --no-save axe-core` brings")
+    return AXE.read_text(encoding="utf-8")
+
+
+def violations(page: Page) -> list[Any]:
+    found = page.browser.execute_async_script("axe.run({preload: false}).then(arguments[0])")
+    assert found["passes"]
+    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]]
+
+
+@pytest.mark.parametrize(
+    "state", ["Connecting …", "Waiting for the first prices", "Live", "Stale", "Connection lost, reconnecting",
+              "The server is full", "No live prices", "demo"]
+)  # fmt: skip
+def test_axe_finds_nothing_in_any_state_and_theme(page: Page, start_server: StartServer, state: str) -> None:
+    source = axe_source()
+    clock = Clock(-7200 if state == "Stale" else 0)
+    server = start_server((*ASSETS, *(f"T{number}" for number in range(6))), max_clients=1, **clock.options(),
+                          source="demo" if state == "demo" else "coinapi")  # fmt: skip
+    record(server, DAY, 300, walk)
+    if state == "The server is full":
+        neighbour = connect(f"ws://127.0.0.1:{server.port}/ws")
+        wait_for(lambda: server.clients, what=f"{neighbour} in the only place")
+    if state != "Waiting for the first prices":
+        prices(server, 110.0)
+    server.report_failure("no answer from CoinAPI: no connection within 3 s")
+    clock.ahead = 0
+    at_once = {
+        "Connecting …": "Live",
+        "Connection lost, reconnecting": "Live",
+        "No live prices": "Live",
+        "demo": "Live",
+    }
+    page.visit(server.port, at_once.get(state, state), query="?assets=DOGE," + ",".join(server.assets[:15]))
+    page.wait_for_charts()
+    if state not in (*at_once, "Live"):
+        page.wait_for_state(state)
+    else:  # held there: how it comes to be so is tested elsewhere
+        states = {"Connecting …": "connecting", "Connection lost, reconnecting": "lost", "No live prices": "blocked"}
+        page.run("refresh = () => {}; document.body.dataset.state = arguments[0]", states.get(state, "live"))
+    page.first("[data-part=chart]").send_keys(Keys.HOME)
+    page.run(source)
+    for scheme, width in (("light", 1280), ("dark", 1280), ("dark", 390)):
+        page.emulate(prefers_color_scheme=scheme)
+        page.resize(width)
+        assert violations(page) == [], scheme
+    page.errors()

@@ -385,7 +385,12 @@ def test_a_systemd_that_does_not_read_holds_nobody_up(tmp_path: Path, caplog: py
     systemd = NotifySocket(tmp_path, is_file=True)
     with systemd.socket:
         program = Systemd({"NOTIFY_SOCKET": systemd.address})
-        thread = threading.Thread(target=lambda: [program.tell("WATCHDOG=1") for _ in range(2_000)], daemon=True)
+
+        def tell() -> None:
+            for _ in range(2_000):
+                program.tell("WATCHDOG=1")
+
+        thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
