@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RECEIVE_SIZE = 4 << 10  # bytes per connection and turn: small, so that a flood from one leaves turns to the others
 SEND_SIZE = 32 << 10  # bytes that small pieces are joined to for one send, about what a send buffer takes
+FIN_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # on Linux: the last bytes and the end behind them go in one packet
 OWED_AT_ONCE = 256  # assets whose prices are joined for one send
 # A connection's state. Closing: its last bytes go out; lingering: they are out, and the other side has yet to hang up.
 VISITOR, WAITING, CLIENT, CLOSING, LINGERING, ENDED = "visitor", "waiting", "client", "closing", "lingering", "ended"
@@ -165,7 +166,7 @@ class Connection:
     def _send(self, data: bytes | memoryview) -> int:
         """How many bytes the socket took."""
         try:
-            return self.socket.send(data)
+            return self.socket.send(data, FIN_FOLLOWS if self.state is CLOSING else 0)
         except BlockingIOError:
             return 0
 

@@ -281,11 +281,11 @@ class Narrow:
         self.socket = sock
         self.room = 0
 
-    def send(self, data: bytes | memoryview) -> int:
+    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         if not self.room:
             time.sleep(0.001)  # in truth it is not full, and so always ready: the loop would spin
             raise BlockingIOError
-        sent: int = self.socket.send(data[: self.room])
+        sent: int = self.socket.send(data[: self.room], flags)
         self.room -= sent
         return sent
 

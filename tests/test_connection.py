@@ -169,7 +169,7 @@ def test_one_send_answers_all_the_pings_of_a_turn(server: PriceServer) -> None:
         connection = last_connection(server)
         counted = Narrow(connection.socket)
         server.call(partial(setattr, connection, "socket", counted))
-        counted.send = lambda data: sends.append(len(data)) or counted.socket.send(data)  # type: ignore
+        counted.send = lambda data, flags=0: sends.append(len(data)) or counted.socket.send(data, flags)  # type: ignore
         client.send(b"".join([frame(PING, b"%d" % number) for number in range(100, 200)]))
         assert [client.read() for _ in range(100)] == [(PONG, b"%d" % number) for number in range(100, 200)]
     assert sends == [500]
@@ -494,11 +494,11 @@ class Ragged(Narrow):
         super().__init__(sock)
         self.chance = random.Random(seed)
 
-    def send(self, data: bytes | memoryview) -> int:
+    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         self.room = self.chance.choice((0, 1, 50, 700, 5_000))
         if not self.room:
             raise BlockingIOError
-        return super().send(data)
+        return super().send(data, flags)
 
 
 def test_400_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_price(
@@ -860,7 +860,7 @@ def test_a_large_piece_of_an_answer_is_never_copied_to_be_joined_with_others(ser
         wait_for(lambda: past.asked)
         connection = server.call(lambda: next(iter(server._answered)))
         counted = connection.socket = Narrow(connection.socket)
-        counted.send = lambda data: sizes.append(len(data)) or counted.socket.send(data)  # type: ignore
+        counted.send = lambda data, flags=0: sizes.append(len(data)) or counted.socket.send(data, flags)  # type: ignore
         past.answer([b"a" * 10_000, b"b" * 10_000, b"c" * 100_000, b"d" * 10_000, b"e" * 100_000])
         assert len(read_all(sock).partition(b"\r\n\r\n")[2]) == 230_000
     assert 20_000 < sizes[0] < 21_000, "small ones are joined"

@@ -135,9 +135,9 @@ class Hooked:
     def __init__(self, sock: Any, before: Callable[[], object]):
         self.socket, self.before = sock, before
 
-    def send(self, data: bytes) -> int:
+    def send(self, data: bytes, flags: int = 0) -> int:
         self.before()
-        return int(self.socket.send(data))
+        return int(self.socket.send(data, flags))
 
     def recv(self, size: int) -> bytes:
         self.before()
