@@ -26,8 +26,9 @@ def lines_break(page: Page) -> None:
     page.lines_break = True
 
 
-def wait_for_price(page: Page, price: str) -> None:
-    wait_for(lambda: page.part("price") == [price] * len(page.part("price")) != [], what=f"{price} in each row")
+def wait_for_price(page: Page, price: str, seconds: float = 30.0) -> None:
+    everywhere = f"{price} in each row"
+    wait_for(lambda: page.part("price") == [price] * len(page.part("price")) != [], seconds, everywhere)
 
 
 def xs(page: Page, row: int = 0) -> list[float]:
@@ -116,7 +117,7 @@ def test_after_sleep_the_page_connects_anew_and_its_times_are_right(
     clock.ahead = 900
     prices(server, 120.0)
     page.pass_time(900, asleep=clocks == "one stands still")
-    wait_for_price(page, "120.00")
+    wait_for_price(page, "120.00", 12)  # silence alone is noticed after 15 s
     page.wait_for_state("Live")
     wait_for(lambda: page.path("line").count("M") == 2, what="a gap of the sleep's length")
     points = xs(page)
