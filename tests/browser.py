@@ -152,8 +152,13 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.frozen, self.cut_off = self.server.frozen, self.server.cut_off
+<<<<<<< HEAD
         head: bytes = self.request.recv(65536)
         _, path, *_ = [*head.decode().split(" "), "", ""]
+=======
+        head = self.request.recv(65536)
+        path = str(head.decode()).partition(" ")[2].partition(" ")[0]
+>>>>>>> page2
         rate = next((rate for start, rate in self.server.rates.items() if path.startswith(start)), 1 << 30)
         if rate is None:
             self.request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -193,8 +198,9 @@ def record(server: PriceServer, seconds: int, step: int, price: Callable[[int], 
     wait_for(lambda: server.history.ranges[-1]["since"], what="the past")
 
 
-def prices(server: PriceServer, price: float, time: str = "2026-11-22T07:44:05.1234567Z", **others: Any) -> None:
+def prices(server: PriceServer, price: float, **others: float) -> None:
     """One poll: all assets at this price, but for the `others`."""
+    time = "2026-11-22T07:44:05.1234567Z"
     server.publish([PriceUpdate(asset, others.get(asset, price), time) for asset in server.assets])
 
 

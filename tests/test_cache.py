@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 from caching import Nameserver, every_second, local_settings, soon_stale, start_cache
-from proxies import Certificate, HAProxy, Nginx, deployed, free_port, get, make_certificate, put, readme_block
+from proxies import Certificate, HAProxy, Nginx, connect, deployed, free_port, get, make_certificate, put, readme_block
 from running import Tracker, outside, wait_for
 from stand_in import KEY, StandIn, rates_body
-from websockets.sync.client import connect
 
 
 @pytest.fixture(scope="module")

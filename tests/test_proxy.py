@@ -19,13 +19,12 @@ from pathlib import Path
 
 import pytest
 from crowd import Crowd
-from proxies import DEPLOY, Certificate, HAProxy, deployed, free_port, get, make_certificate, put, readme_block
+from proxies import DEPLOY, Certificate, HAProxy, connect, deployed, free_port, get, make_certificate, put, readme_block
 from running import ASSETS, Tracker, outside, wait_for
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 from websockets.typing import Origin
 
 from price_server import PriceServer
@@ -259,10 +258,7 @@ def test_port_80_leads_to_https_but_for_the_certificates_questions(proxy: HAProx
 
 
 def test_ipv6_is_served(proxy: HAProxy, certificate: Certificate) -> None:
-    with (
-        socket.create_connection(("::1", proxy.port), timeout=5) as plain,
-        connect(f"wss://localhost:{proxy.port}/ws", sock=plain, ssl=certificate.context) as client,
-    ):
+    with connect(f"wss://localhost:{proxy.port}/ws", to="::1", ssl=certificate.context) as client:
         assert json.loads(client.recv(timeout=5))["asset_id"] == "BTC"
 
 

@@ -431,8 +431,7 @@ def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
             if step in ("send_message_to_all", "ping"):
                 assert other.read()[1] in (b"x", b"")
             assert other.prices(10) == ALL_AT[1]
-        timed.call(lambda: None)
-        assert left == [2]
+        wait_for(lambda: left == [2], what="the callback")
         assert timed.dropped['{reason="failed"}'] == 1
     assert errors == ["a connection failed, and is ended: RuntimeError('this socket fails')"]
     errors.clear()
