@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import pytest
 from running import outside, wait_for
@@ -152,13 +151,8 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.frozen, self.cut_off = self.server.frozen, self.server.cut_off
-<<<<<<< HEAD
         head: bytes = self.request.recv(65536)
-        _, path, *_ = [*head.decode().split(" "), "", ""]
-=======
-        head = self.request.recv(65536)
-        path = str(head.decode()).partition(" ")[2].partition(" ")[0]
->>>>>>> page2
+        path = head.decode().partition(" ")[2].partition(" ")[0]
         rate = next((rate for start, rate in self.server.rates.items() if path.startswith(start)), 1 << 30)
         if rate is None:
             self.request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")

@@ -502,7 +502,6 @@ def test_nothing_scrolls_sideways_however_large_the_text(page: Page, start_serve
     prices(
         server,
         123456.0,
-        "2026-11-22T07:44:05.1234567Z",
         **{LONG_ID: 1.23456e-5, "PEPE": 0.00000123, "HUGE": 124591970537.0},
     )
     server.publish([late])

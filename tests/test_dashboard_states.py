@@ -55,12 +55,8 @@ def test_prices_wait_for_nothing_else(page: Page, server: PriceServer, lay_line:
     assert page.text("#state") == "Live"
     line.rates = {"/healthz": None}  # a browser asks once more when it is cut off
     line.cut()
-<<<<<<< HEAD
     wait_for(lambda: page.run("return connection.looked < Infinity"), what="the request ended")
-=======
-    wait_for(lambda: (page.run("return connection.looked") or 1e9) < 1e9, what="the request ended")
     line.rates = {}
->>>>>>> page2
     page.pass_time(16)
     wait_for(lambda: page.text("h1") == "Prices in USD", what="the rest as soon as it can be had")
     page.wait_for_charts()
