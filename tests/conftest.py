@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,10 @@ from price_server import PriceServer
 pytest_plugins = ("browser",)  # its fixtures
 
 sys.setswitchinterval(0.0002)  # as the program does at its start
+# What runs the tests may ignore these (nohup, a job in the background), and each program started here would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
