@@ -1,6 +1,8 @@
 """The files of deploy/, run as they are by a real HAProxy and a real nginx but for ports, paths and names."""
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -41,9 +43,12 @@ def readme_block(mark: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Below those that the kernel gives to outgoing connections: the tests have thousands, and one would take it."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("", port))
+            return port
 
 
 def listens(port: int) -> bool:
