@@ -1,4 +1,4 @@
-"""Mutation testing by hand: of small faults put into a room, how many do its quick tests notice?
+"""Mutation testing, started by hand: of small faults put into a room, how many do its quick tests notice?
 
     .venv/bin/pip install -q mutmut==3.8.1 && .venv/bin/python tests/mutate.py [--all] [ROOM...]
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from raw import Clock
+from raw import HEADERS, Clock
+from raw import request as upgrade
 
 from coin_api import PriceUpdate
 from price_server import web
@@ -28,13 +29,6 @@ RANGES = [{"name": name, "seconds": 1, "step": 1, "since": None} for name in ("1
 ALL = ("BTC", "ETH", "SOL")
 AT = "2026-11-22T07:44:05.1234567Z"
 BTC = '{"asset_id":"BTC","price":45000.0,"time":"2026-11-22T07:44:05.1234567Z"}'
-HEADERS = {  # the handshake of RFC 6455, 1.3
-    "Host": "server.example.com",
-    "Upgrade": "websocket",
-    "Connection": "Upgrade",
-    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    "Sec-WebSocket-Version": "13",
-}
 
 
 class Got(NamedTuple):
@@ -79,15 +73,6 @@ def send(figures: Figures, head: bytes) -> Got:
 def get(figures: Figures, target: str, method: str = "GET", **headers: str) -> Got:
     lines = "".join(f"{name}: {value}\r\n" for name, value in ({"Host": "here:3030"} | headers).items())
     return send(figures, f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1"))
-
-
-def upgrade(
-    target: str = "/ws", method: str = "GET", version: str = "HTTP/1.1", more: str = "", **headers: str | None
-) -> bytes:
-    """An upgrade request; a header given as None is left out, and `more` lines are added."""
-    changed = HEADERS | {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = [f"{name}: {value}\r\n" for name, value in changed.items() if value is not None]
-    return f"{method} {target} {version}\r\n{''.join(lines)}{more}\r\n".encode("latin-1")
 
 
 def upgraded(figures: Figures, head: bytes) -> Upgrade:
