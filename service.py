@@ -1,4 +1,4 @@
-"""What the program needs of the system around it: a log that holds nobody up, signals, systemd, room for clients.
+"""What the program needs of the system around it: a log that holds nobody up, signals, systemd, open files.
 
 The standard library and nothing else, and nothing of prices: tracker.py uses it, and the two below do not know it.
 """
@@ -6,7 +6,6 @@ The standard library and nothing else, and nothing of prices: tracker.py uses it
 import logging
 import os
 import queue
-import selectors
 import signal
 import socket
 import sys
@@ -24,8 +23,6 @@ except ImportError:  # Windows
 STDERR = 2  # its number: the lock of sys.stderr would hang Python's own end behind a write that is stuck
 MAX_WAITING = 10_000  # log lines that a stderr did not take yet; beyond it they are dropped and counted
 FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for stderr
-SPARE_FILES = 50  # 20 for the program itself, and 30 for visitors when the server is full of clients
-SELECT_SOCKETS = 512  # that Windows' select takes
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
@@ -196,35 +193,19 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def fit_clients(wanted: int) -> int:
-    """Raise the limit of open files as far as allowed; the number of clients that there is room for, with a warning."""
-    rooms = [(wanted, "")]
-    files = _raise_file_limit(wanted + SPARE_FILES)
-    if files is not None:
-        rooms.append((files - SPARE_FILES, f"only {files} files may be open (ulimit -n)"))
-    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
-        rooms.append((SELECT_SOCKETS - SPARE_FILES, f"select takes {SELECT_SOCKETS} sockets here"))
-    room, why = min(rooms)
-    room = max(room, 1)
-    if room < wanted:
-        logger.warning("--max-clients lowered from %d to %d: %s", wanted, room, why)
-    return room
-
-
-def _raise_file_limit(needed: int) -> int | None:
-    """The soft limit, raised to the hard one, or to what is needed; None without a limit."""
+def raise_file_limit(needed: int) -> None:
+    """Raise the soft limit of open files to the hard one, or to what is needed, as far as allowed."""
     if resource is None:
-        return None
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (hard, needed):  # macOS says that the hard one is unlimited and does not mean it
         if soft == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= soft):
-            break
+            return
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            soft = limit
+            return
         except (ValueError, OSError):
             pass  # not allowed: what there is must do
-    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def explain_missing(module: str) -> str:

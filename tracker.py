@@ -214,6 +214,7 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
     events: queue.SimpleQueue[str] = queue.SimpleQueue()  # put may interrupt get; an Event's set hangs in its wait
     service.stop_on_signals(partial(events.put, STOP))
     systemd = service.Systemd()
+    service.raise_file_limit(options.max_clients + PriceServer.own_files + PriceServer.spare_visitors)
     try:
         with service.signals_held():
             server = PriceServer(
@@ -223,7 +224,7 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
                 quote=options.quote,
                 source=getattr(source, "name", type(source).__name__),
                 interval=options.interval,
-                max_clients=service.fit_clients(options.max_clients),
+                max_clients=options.max_clients,
                 allow_origins=options.allow_origin,
                 history_file=options.history,
                 pause_when_idle=options.pause_when_idle,

@@ -4,7 +4,6 @@ No socket, no thread: the server thread owns all of it. What the poller alone se
 `credits_used`, `credits_left`, `poll_seconds`, `last_error`) are whole values, replaced and never changed.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -188,9 +187,6 @@ class Figures:
 
     def _labels(self, asset: str) -> str:
         return f'{{asset_id="{asset}",quote="{self.quote}"}}'
-
-    def health_json(self, ranges: Sequence[Any]) -> bytes:
-        return json.dumps(self.health(ranges)).encode()
 
 
 def _epoch(time_text: str) -> float | None:

@@ -70,15 +70,6 @@ class HistoryError(ValueError):
     """The file cannot be used; the text is one line that names it and the way out."""
 
 
-class Question(NamedTuple):
-    """What is asked, whom to tell, and whether that one still waits."""
-
-    span: Range
-    assets: tuple[str, ...]
-    answer: Answer
-    wanted: Callable[[], bool]
-
-
 class Points:
     """Points that are still to be written: the last in each step, and no more steps than their range has."""
 
@@ -122,7 +113,7 @@ class History:
         # What other threads leave or look at. `_changed` guards it, and nobody holds it while waiting for a disk.
         self._changed = threading.Condition()
         self._waiting = Points()
-        self._questions: list[Question] = []
+        self._questions: list[Callable[[], None]] = []
         self._stopping = False
         self._state = "opening" if file else "open"  # or "failing", when that was logged; "refused", for good
         self._reason = f"history file {file!r} does not answer"  # for failing or being refused
@@ -172,10 +163,15 @@ class History:
         wanted: called when its turn has come: a question that nobody waits for is dropped.
         """
         (span,) = (span for span in RANGES if span.name == range_name)
+
+        def run() -> None:
+            if wanted():
+                answer(self._parts(span, assets))
+
         with self._changed:
             if self._stopping or len(self._questions) >= MAX_QUESTIONS:
                 return False
-            self._questions.append(Question(span, assets, answer, wanted))
+            self._questions.append(run)
             self._changed.notify_all()
         return True
 
@@ -209,7 +205,10 @@ class History:
             except Exception:
                 logger.exception("history had an error, and goes on")
             for question in questions:
-                self._answer(question)
+                try:
+                    question()
+                except BaseException:  # SystemExit too, which who asked may raise
+                    logger.exception("an answer of history had an error")
         self._close()
         self._memory.close()
 
@@ -250,13 +249,6 @@ class History:
         self.ranges = tuple(shown)
 
     # Questions
-
-    def _answer(self, question: Question) -> None:
-        try:
-            if question.wanted():
-                question.answer(self._parts(question.span, question.assets))
-        except BaseException:  # SystemExit too, which may come from either
-            logger.exception("an answer of history had an error")
 
     def _parts(self, span: Range, assets: tuple[str, ...]) -> list[bytes] | None:
         now = self._wall_clock()

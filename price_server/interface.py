@@ -1,5 +1,6 @@
 """What websocket-server documents for its WebsocketServer, over a loop: for any thread, callbacks too."""
 
+import socket
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +12,14 @@ from .connection import Connection
 from .frames import encode_close, encode_message
 from .loop import Loop
 
+SEND_BUFFER = 32 << 10  # bytes; the default lets a client that stopped reading absorb hours of old prices
+RECEIVE_BUFFER = 16 << 10  # bytes
+
 
 class Interface(Loop, WebsocketServer):
     """The library's calls. `_clients` has the open clients; what is done to one is a step of its connection."""
 
+    request_queue_size = 1024
     step: Callable[[Connection, Callable[[], Any]], None]
     drop: Callable[[Connection, str], None]
 
@@ -26,7 +31,17 @@ class Interface(Loop, WebsocketServer):
 
     def bind(self, host: str, port: int) -> None:
         """Raises OSError when the port cannot be had."""
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         WebsocketServer.__init__(self, host, port)
+
+    def server_activate(self) -> None:
+        # Set here, as accepted sockets inherit them.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.socket.setblocking(False)
+        super().server_activate()
 
     @property
     def clients(self) -> list[dict[str, Any]]:
@@ -36,6 +51,17 @@ class Interface(Loop, WebsocketServer):
     @clients.setter
     def clients(self, _: list[Any]) -> None:
         """The library's __init__ sets an empty list."""
+
+    def call_back(self, name: str, client: dict[str, Any], *message: str | bytes) -> None:
+        """Have the loop run one of the modifier's callbacks; what it raises is logged and reaches no client."""
+
+        def run() -> None:
+            try:
+                getattr(self, name)(client, self, *message)
+            except BaseException as error:  # sys.exit() too: it would end the thread of all
+                self.warn(name, f"the callback {name} failed", error)
+
+        self._callbacks.append(run)
 
     def handler_to_client(self, handler: Connection) -> dict[str, Any] | None:
         return self._clients.get(handler)

@@ -68,11 +68,7 @@ class Loop:
         """
         if self.state != "running" or self.is_owner:
             return function()
-        future: Future[Any] = Future()
-        (self._urgent if urgent else self._calls).append((function, future))
-        self._wake()
-        if self.state != "running":
-            self._release_calls()  # the loop ended meanwhile, and may not have seen this one
+        future = self._queue(self._urgent if urgent else self._calls, function)
         try:
             return future.result(self.call_timeout)
         except TimeoutError:
@@ -84,10 +80,17 @@ class Loop:
     def hand_over(self, function: Callable[[], Any]) -> None:
         """Have it run in the loop's thread, and do not wait."""
         if self.state == "running":
-            self._calls.append((function, Future()))
-            self._wake()
+            self._queue(self._calls, function)
         else:
             function()
+
+    def _queue(self, queue: "deque[Call]", function: Callable[[], Any]) -> "Future[Any]":
+        future: Future[Any] = Future()
+        queue.append((function, future))
+        self._wake()
+        if self.state != "running":
+            self._release_calls()  # the loop ended meanwhile, and may not have seen this one
+        return future
 
     def ask_to_stop(self) -> None:
         """Have the loop end; from another thread, wait until it has, or twice as long as a stop takes."""

@@ -6,8 +6,8 @@ The loop is in loop.py. All that is here and does not say otherwise runs in the 
 import errno
 import json
 import logging
+import math
 import selectors
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -22,29 +22,30 @@ from .interface import Interface
 from .loop import AT_ONCE
 from .web import Question, Upgrade, answer_history
 
-SEND_BUFFER = 32 << 10  # bytes; the default lets a client that stopped reading absorb hours of old prices
-RECEIVE_BUFFER = 16 << 10  # bytes
 ACCEPT_AT_ONCE = 32  # connections
-OWN_FILES = 20  # descriptors that are no connection: logs, listener, selector, history, CoinAPI
-SPARE_VISITORS = 30  # that find room when the server is full of clients
 SELECT_ROOM = 512  # sockets that Windows' select takes
 SHARED_SIZE = 4 << 10  # bytes from which on a piece that several connections keep is counted once
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PING = encode_frame(Opcode.PING, b"")
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 
-def socket_room() -> float:
-    """How many sockets and files this process may have open."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return SELECT_ROOM
+def socket_room() -> tuple[float, str]:
+    """How many sockets and files this process may have open, and what says so."""
+    rooms = [(math.inf, "")]
     if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
-        return SELECT_ROOM
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return float("inf") if soft == resource.RLIM_INFINITY else soft
+        rooms.append((SELECT_ROOM, f"select takes {SELECT_ROOM} sockets here"))
+    if resource is not None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY:
+            rooms.append((files, f"only {files} files may be open (ulimit -n)"))
+    return min(rooms)
 
 
 class PriceServer(Interface, Figures):
@@ -58,7 +59,8 @@ class PriceServer(Interface, Figures):
     Raises OSError when the port cannot be had, ValueError when the history file cannot be used.
     """
 
-    request_queue_size = 1024
+    own_files = 20  # descriptors that are no connection: logs, listener, selector, history, CoinAPI
+    spare_visitors = 30  # that find room when the server is full of clients
     request_timeout = 10.0  # seconds for a whole request, dribbled or not
     history_timeout = 10.0  # seconds until a question to history must have its answer
     take_timeout = 30.0  # seconds for the visitor to take an HTTP answer,
@@ -87,13 +89,10 @@ class PriceServer(Interface, Figures):
         self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
         self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one (None)
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
-        self._room = socket_room() - OWN_FILES
-        self.max_clients = max(int(min(self.max_clients, self._room - SPARE_VISITORS)), 1)
+        self._room = self._fit_clients()
         self._listening = False
         self._next_ping = self.clock() + self.ping_interval
         self._stale = False
-        if ":" in host:
-            self.address_family = socket.AF_INET6
         self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
         try:
             self.history.start()
@@ -102,6 +101,15 @@ class PriceServer(Interface, Figures):
             self.history.stop()
             self.close_wakers()
             raise
+
+    def _fit_clients(self) -> float:
+        """Lower `max_clients` to what there is room for; the room for all connections."""
+        room, why = socket_room()
+        most = max(room - self.own_files - self.spare_visitors, 1)
+        if most < self.max_clients:
+            logger.warning("--max-clients lowered from %d to %d: %s", self.max_clients, most, why)
+            self.max_clients = int(most)
+        return room - self.own_files
 
     # Prices
 
@@ -165,14 +173,6 @@ class PriceServer(Interface, Figures):
         return messages
 
     # Connections come and go
-
-    def server_activate(self) -> None:
-        # Set here, as accepted sockets inherit them.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.socket.setblocking(False)
-        super().server_activate()
 
     def begin(self) -> None:
         self.selector.register(self.socket, selectors.EVENT_READ, self.socket)
@@ -252,7 +252,7 @@ class PriceServer(Interface, Figures):
         client = {"id": self.id_counter, "handler": connection, "address": connection.address}
         self._clients[connection] = client
         self.client_count = len(self._clients)
-        self._callbacks.append(partial(self._call_back, "new_client", client))
+        self.call_back("new_client", client)
         self.client_came.set()
         logger.debug("client %s came, clients connected: %d", _address(connection, upgrade), self.client_count)
         connection.become_client(upgrade)
@@ -271,12 +271,8 @@ class PriceServer(Interface, Figures):
         def answer(pieces: list[bytes] | None) -> None:  # in the history thread
             self.hand_over(lambda: self.step(connection, partial(self._answer_question, connection, pieces)))
 
-        wanted = partial(self._is_waiting, connection)
-        if not self.history.ask(question.range_name, question.assets, answer, wanted):
+        if not self.history.ask(question.range_name, question.assets, answer, lambda: connection.state is WAITING):
             self._answer_question(connection, None)
-
-    def _is_waiting(self, connection: Connection) -> bool:
-        return connection.state is WAITING
 
     def _answer_question(self, connection: Connection, pieces: list[bytes] | None) -> None:
         question = self._answered.get(connection)
@@ -286,15 +282,8 @@ class PriceServer(Interface, Figures):
 
     def hear(self, connection: Connection, message: str | bytes) -> None:
         """A client said something: the callback hears it before the rest is read."""
-        self._callbacks.append(partial(self._call_back, "message_received", self._clients[connection], message))
+        self.call_back("message_received", self._clients[connection], message)
         self._callbacks.append(partial(self.step, connection, connection.receive))
-
-    def _call_back(self, name: str, client: dict[str, Any], *message: str | bytes) -> None:
-        """Run one of the modifier's callbacks; what it raises is logged and reaches no client."""
-        try:
-            getattr(self, name)(client, self, *message)
-        except BaseException as error:  # sys.exit() too: it would end the thread of all
-            self.warn(name, f"the callback {name} failed", error)
 
     def watch(self, connection: Connection, events: int) -> None:
         """Wait for these events of a connection from now on."""
@@ -322,7 +311,7 @@ class PriceServer(Interface, Figures):
         client = self._clients.pop(connection, None)
         if client is not None:
             self.client_count = len(self._clients)
-            self._callbacks.append(partial(self._call_back, "client_left", client))
+            self.call_back("client_left", client)
             logger.debug("client left, clients connected: %d", self.client_count)
 
     def hold(self, piece: bytes, change: int) -> None:

@@ -138,13 +138,7 @@ def respond(head: bytes, figures: Figures, ranges: Sequence[Any]) -> Answer | Up
     request = Request(head)
     try:
         request.parse()
-        match request.path.split("/")[1:]:
-            case ["ws"]:
-                return _upgrade(request, figures)
-            case ["history"]:
-                return _question(request, figures, ranges)
-            case parts:
-                return _answer_path(parts, request, figures, ranges)
+        return _respond(request, figures, ranges)
     except Refusal as refusal:
         return refuse(refusal, figures, request)
 
@@ -164,10 +158,14 @@ def answer_history(question: Question, figures: Figures, pieces: list[bytes] | N
     return _answer(question.request, figures, *pieces)
 
 
-def _answer_path(parts: list[str], request: Request, figures: Figures, ranges: Sequence[Any]) -> Answer:
-    match parts:
+def _respond(request: Request, figures: Figures, ranges: Sequence[Any]) -> Answer | Upgrade | Question:
+    match request.path.split("/")[1:]:
+        case ["ws"]:
+            return _upgrade(request, figures)
         case [""]:
             return _dashboard(request, figures)
+        case ["history"]:
+            return _question(request, figures, ranges)
         case ["prices"]:
             updates = ",".join([update.to_json() for update in figures.updates.values()])
             return _answer(request, figures, f"[{updates}]".encode())
@@ -175,7 +173,7 @@ def _answer_path(parts: list[str], request: Request, figures: Figures, ranges: S
             return _answer(request, figures, _price(asset_id.upper(), figures))
         case ["healthz"]:
             status = 200 if figures.status() in ("ok", "paused") else 503
-            return _answer(request, figures, figures.health_json(ranges), status=status)
+            return _answer(request, figures, json.dumps(figures.health(ranges)).encode(), status=status)
         case ["metrics"]:
             text = figures.metrics().encode()
             return _answer(request, figures, text, content_type="text/plain; version=0.0.4; charset=utf-8")

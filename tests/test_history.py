@@ -253,6 +253,14 @@ def test_ranges_grow_old_without_polls_and_questions(
 # The clock
 
 
+def test_an_answer_is_made_anew_when_the_clock_is_set_back_without_a_poll(past: Callable[..., Past]) -> None:
+    history = past()
+    history.poll("1")
+    assert history.points() == [[NOON, 1]]
+    history.clock.now = NOON - 1
+    assert history.points() == []
+
+
 def test_points_ahead_of_a_clock_that_was_set_back_are_hidden_and_then_replaced(past: Callable[..., Past]) -> None:
     history = past()
     history.poll("1", at=NOON)

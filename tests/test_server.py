@@ -311,6 +311,23 @@ def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: U
     assert server.clients == []
 
 
+def test_a_call_made_in_the_very_moment_of_the_end_is_lost_by_nobody(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def queue_behind_the_end(*call: Any) -> Any:
+        server.state = "ended"  # the loop has had its last look at the queue
+        return queue(*call)
+
+    queue, ran = server._queue, threading.Event()
+    server.shutdown_gracefully()
+    monkeypatch.setattr(server, "_queue", queue_behind_the_end)
+    server.state = "running"
+    assert server.call(lambda: "ran") == "ran"
+    server.state = "running"
+    server.hand_over(ran.set)
+    assert ran.is_set()
+
+
 def test_publishes_of_two_threads_after_the_stop_leave_nothing_in_the_queue(
     server: PriceServer, updates: Updates
 ) -> None:
@@ -1035,16 +1052,39 @@ def test_a_connection_that_is_gone_before_it_is_accepted_is_nothing(
 
 
 @pytest.mark.parametrize(
-    ("room", "asked", "clients"),
-    [(120, 10_000, 70), (512, 10_000, 462), (512, 400, 400), (51, 10, 1), (30, 10, 1), (float("inf"), 10_000, 10_000)],
+    ("files", "selector", "asked", "clients", "why"),
+    [
+        (120, selectors.DefaultSelector, 10_000, 70, "only 120 files may be open (ulimit -n)"),
+        (10_049, selectors.DefaultSelector, 10_000, 9_999, "only 10049 files may be open (ulimit -n)"),
+        (10_050, selectors.DefaultSelector, 10_000, 10_000, ""),
+        (30, selectors.DefaultSelector, 10, 1, "only 30 files may be open (ulimit -n)"),
+        (-1, selectors.DefaultSelector, 10_000, 10_000, ""),  # no limit
+        (None, selectors.DefaultSelector, 10_000, 10_000, ""),  # no such thing as one
+        (None, selectors.SelectSelector, 10_000, 462, "select takes 512 sockets here"),  # Windows
+        (-1, selectors.SelectSelector, 463, 462, "select takes 512 sockets here"),
+        (-1, selectors.SelectSelector, 462, 462, ""),
+        (120, selectors.SelectSelector, 10_000, 70, "only 120 files may be open (ulimit -n)"),
+    ],
 )
-def test_the_number_of_clients_is_lowered_to_the_descriptors_that_there_are(
-    monkeypatch: pytest.MonkeyPatch, room: float, asked: int, clients: int
+def test_the_number_of_clients_is_lowered_to_the_room_that_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    files: int | None,
+    selector: type[selectors.BaseSelector],
+    asked: int,
+    clients: int,
+    why: str,
 ) -> None:
-    monkeypatch.setattr("price_server.server.socket_room", lambda: room)
+    if files is None:
+        monkeypatch.setattr("price_server.server.resource", None)
+    else:
+        monkeypatch.setattr("resource.getrlimit", lambda which: (files, files))
+    monkeypatch.setattr(selectors, "DefaultSelector", selector)
     server = PriceServer(ASSETS, max_clients=asked)
     server.server_close()
     assert server.max_clients == clients
+    warning = f"--max-clients lowered from {asked} to {clients}: {why}"
+    assert caplog.messages == ([warning] if why else [])
 
 
 def test_when_all_descriptors_are_taken_the_visitor_that_waited_longest_makes_room(timed: PriceServer) -> None:
@@ -1120,7 +1160,7 @@ def test_an_ipv6_address_is_listened_on(start_server: Start) -> None:
         ("", "", "127.0.0.1"),
         ("", "203.0.113.7, 10.0.0.1", "203.0.113.7, 10.0.0.1"),
         ("::1", "203.0.113.7", "203.0.113.7"),
-        ("", "203.0.113.7\x1b[31m", "203.0.113.7[31m"),
+        ("", "203.0.113.7\x9b31m", "203.0.113.731m"),
         ("", "1" * 200, "1" * 100),
         ("192.0.2.9", "203.0.113.7", "192.0.2.9"),  # anybody may say so: only a proxy on this machine is believed
     ],
@@ -1496,4 +1536,5 @@ def test_with_windows_select_512_sockets_are_served_and_the_next_are_told(update
         process.send_signal(signal.SIGINT)
         assert clients[1].read()[0] == CLOSE
         said = process.communicate(timeout=10)[1]
-        assert said == "WARNING:price_server.loop:full, clients connected: 462; the next ones get 503\n"
+        lowered = "WARNING:price_server.server:--max-clients lowered from 10000 to 462: select takes 512 sockets here\n"
+        assert said == f"{lowered}WARNING:price_server.loop:full, clients connected: 462; the next ones get 503\n"

@@ -512,6 +512,8 @@ class FakePriceServer(FakeServer):
     port = 4711
     last_error: str | None = None
     client_came = threading.Event()
+    own_files, spare_visitors = 20, 30
+    files_asked: "list[int]" = []  # noqa: RUF012
 
     def __init__(self, assets: tuple[str, ...], host: str, port: int, **options: object):
         super().__init__()
@@ -539,8 +541,9 @@ class FakePriceServer(FakeServer):
 def made(monkeypatch: pytest.MonkeyPatch) -> list[FakePriceServer]:
     """The servers that main made, in place of real ones."""
     FakePriceServer.made.clear()
+    FakePriceServer.files_asked.clear()
     monkeypatch.setattr(tracker, "PriceServer", FakePriceServer)
-    monkeypatch.setattr(service, "fit_clients", lambda wanted: wanted - 1)
+    monkeypatch.setattr(service, "raise_file_limit", FakePriceServer.files_asked.append)
     return FakePriceServer.made
 
 
@@ -550,10 +553,11 @@ def test_every_flag_reaches_the_server(run_main: Callable[..., Done], made: list
     run_main(*flags.replace("--pause-when-idle", "").split())
     (server,) = made
     assert server.assets == ("SOL", "BTC")
-    expected = {"host": "127.0.0.2", "port": 3031, "quote": "EUR", "source": "demo", "interval": 7.5, "max_clients": 98}
+    expected = {"host": "127.0.0.2", "port": 3031, "quote": "EUR", "source": "demo", "interval": 7.5, "max_clients": 99}
     expected |= {"allow_origins": ["https://a.example", "https://b.example"], "history_file": "x.db"}
     assert server.options == expected | {"pause_when_idle": False}
     assert server.calls == [True, (1001, b"server is stopping")]
+    assert server.files_asked == [149], "before the server is made, which fits its clients into them"
 
 
 def test_without_flags_the_server_gets_the_defaults(
@@ -561,7 +565,7 @@ def test_without_flags_the_server_gets_the_defaults(
 ) -> None:
     run_main(COIN_API_KEY=f" {KEY} ", COIN_API_URL=coin_api.url)
     expected = {"host": "127.0.0.1", "port": 3030, "quote": "USD", "source": "coinapi", "interval": 5.0}
-    expected |= {"max_clients": 9_999, "allow_origins": [], "history_file": None, "pause_when_idle": False}
+    expected |= {"max_clients": 10_000, "allow_origins": [], "history_file": None, "pause_when_idle": False}
     assert made[0].options == expected
     assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
 
@@ -687,7 +691,7 @@ def test_a_history_file_that_cannot_be_used_is_exit_2(
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("x.db is no database: move it aside")
 
-    monkeypatch.setattr(tracker, "PriceServer", refuse)
+    monkeypatch.setattr(tracker.PriceServer, "__init__", refuse)
     done = run_main("--demo", "--history", "x.db")
     assert (done.status, done.log) == (2, ["ERROR x.db is no database: move it aside"])
 
@@ -797,13 +801,15 @@ def test_once_names_an_asset_that_has_no_price(run_main: Callable[..., Done], co
 
 @pytest.mark.parametrize(
     ("where", "status", "said"),
-    [("| true", 0, None), ("> /dev/full", 1, "ERROR cannot write the prices: No space left on device")],
+    [("| (exec <&-; wait)", 0, None), ("> /dev/full", 1, "ERROR cannot write the prices: No space left on device")],
 )
-def test_once_that_cannot_write_is_no_traceback(where: str, status: int, said: str | None) -> None:
-    command = f'"{sys.executable}" "{ROOT / "tracker.py"}" --demo --once {where}'
+def test_once_that_cannot_write_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, where: str, status: int, said: str | None
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, nothing is left for Python to write at its end
+    command = f'("{sys.executable}" "{ROOT / "tracker.py"}" --demo --once; echo $? >&2) {where}'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20)
-    assert done.returncode == status
-    assert re.fullmatch(rf"{LINE}{said}\n" if said else "", done.stderr)
+    assert re.fullmatch(rf"{LINE}{said}\n{status}\n" if said else f"{status}\n", done.stderr)
 
 
 def test_demo_prices_are_never_a_silent_fallback(run_main: Callable[..., Done]) -> None:
