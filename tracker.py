@@ -214,21 +214,8 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
     events: queue.SimpleQueue[str] = queue.SimpleQueue()  # put may interrupt get; an Event's set hangs in its wait
     service.stop_on_signals(partial(events.put, STOP))
     systemd = service.Systemd()
-    service.raise_file_limit(options.max_clients + PriceServer.own_files + PriceServer.spare_visitors)
     try:
-        with service.signals_held():
-            server = PriceServer(
-                options.assets,
-                options.host,
-                options.port,
-                quote=options.quote,
-                source=getattr(source, "name", type(source).__name__),
-                interval=options.interval,
-                max_clients=options.max_clients,
-                allow_origins=options.allow_origin,
-                history_file=options.history,
-                pause_when_idle=options.pause_when_idle,
-            )
+        server = _make_server(source, options)
     except OSError as error:
         reason = error.strerror or error
         return _fail(1, f"cannot listen on {options.host} port {options.port}: {reason}; choose with --host, --port")
@@ -237,8 +224,7 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
     except RuntimeError as error:  # no thread to be had
         return _fail(1, f"cannot start: {error}")
     server.service_actions = systemd.feed_watchdog  # type: ignore[method-assign]
-    ready = partial(events.put, READY)
-    poller = Poller(source, server, options.interval, options.pause_when_idle, ready=ready)
+    poller = Poller(source, server, options.interval, options.pause_when_idle, ready=partial(events.put, READY))
 
     def poll() -> None:
         poller.run()
@@ -266,6 +252,23 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
     if ended:
         return _fail(1, "the server's thread has ended")
     return _fail(2, f"{server.last_error}: check COIN_API_KEY") if poller.key_refused else 0
+
+
+def _make_server(source: PriceSource, options: argparse.Namespace) -> PriceServer:
+    service.raise_file_limit(options.max_clients + PriceServer.own_files + PriceServer.spare_visitors)
+    with service.signals_held():
+        return PriceServer(
+            options.assets,
+            options.host,
+            options.port,
+            quote=options.quote,
+            source=getattr(source, "name", type(source).__name__),
+            interval=options.interval,
+            max_clients=options.max_clients,
+            allow_origins=options.allow_origin,
+            history_file=options.history,
+            pause_when_idle=options.pause_when_idle,
+        )
 
 
 def _next(events: queue.SimpleQueue[str], seconds: float) -> str | None:
@@ -309,16 +312,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     add("--assets", type=_assets, default=ASSETS, metavar="BTC,ETH", help="what to track, in this order (default: ten)")
     add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: %(default)s)")
-    add("--interval", type=_interval, default=INTERVAL, metavar="SECONDS",
+    add("--interval", type=_number(float, 0.1, DAY, "a number of seconds"), default=INTERVAL, metavar="SECONDS",
         help="between two polls, 0.1 to 86,400 (default: %(default)s)")
     add("--host", type=_host, default="127.0.0.1",
         help="address to listen on; 127.0.0.1 is this machine only (default: %(default)s)")
-    add("--port", type=_port, default=3030, help="0 to 65,535; 0 takes a free one (default: %(default)s)")
+    add("--port", type=_number(int, 0, 65_535, "a port"), default=3030,
+        help="0 to 65,535; 0 takes a free one (default: %(default)s)")
     add("--demo", action="store_true", help="simulated prices, without a key")
     add("--once", action="store_true", help="print the prices of one poll and exit")
     add("--pause-when-idle", action="store_true", help="do not poll while no client is connected")
     add("--history", type=_file, metavar="FILE", help="keep the prices of the past here (default: in memory)")
-    add("--max-clients", type=_count, default=10_000, metavar="N",
+    add("--max-clients", type=_number(int, 1, 1_000_000, "a number of clients"), default=10_000, metavar="N",
         help="1 to 1,000,000; the next one gets 503 (default: %(default)s)")
     add("--allow-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
         help="web origin whose pages may read, like https://example.org; may be repeated (default: all)")
@@ -364,26 +368,17 @@ def _assets(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_asset(part) for part in text.split(",")))
 
 
-def _number(text: str, kind: Callable[[str], float], lowest: float, highest: float, what: str) -> float:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = math.nan
-    if not lowest <= number <= highest:  # false for NaN too
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {lowest:,} to {highest:,}")
-    return number
+def _number(kind: Callable[[str], float], lowest: float, highest: float, what: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not lowest <= number <= highest:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {lowest:,} to {highest:,}")
+        return number
 
-
-def _interval(text: str) -> float:
-    return _number(text, float, 0.1, DAY, "a number of seconds")
-
-
-def _port(text: str) -> int:
-    return int(_number(text, int, 0, 65_535, "a port"))
-
-
-def _count(text: str) -> int:
-    return int(_number(text, int, 1, 1_000_000, "a number of clients"))
+    return convert
 
 
 def _origin(text: str) -> str:
