@@ -144,7 +144,7 @@ def respond(head: bytes, figures: Figures, ranges: Sequence[Any]) -> Answer | Up
 
 
 def refuse(refusal: Refusal, figures: Figures, request: Request | None = None) -> Answer:
-    """Errors are JSON; the standard library's are HTML."""
+    """An error's answer, in JSON like the rest."""
     body = json.dumps({"error": str(refusal)}).encode()
     answer = _answer(request, figures, body, status=refusal.status, **refusal.headers)
     return answer._replace(refused=refusal.refused)
@@ -280,7 +280,7 @@ def _answer(
     """A whole answer; HEAD gets all but the body."""
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "Server: price-server",  # the standard library's default tells the exact Python version
+        "Server: price-server",
         f"Date: {_date(int(time.time()))}",
         f"Content-Type: {content_type}",
         f"Content-Length: {sum(map(len, body))}",
