@@ -72,7 +72,7 @@ class Request:
     """
 
     def __init__(self, head: bytes):
-        self.method, self.path, self.query, self.version = "", "", "", ""
+        self.method = ""
         self._lines = head.decode("latin-1").replace("\r\n", "\n").rstrip("\n").split("\n")
         self._headers: dict[str, list[str]] = {}
 

@@ -235,6 +235,7 @@ def test_a_request_line_that_says_nothing_is_told_so(figures: Figures) -> None:
     assert send(figures, b"GET http://[/ HTTP/1.1\r\n\r\n").error == "the request target is not a URL"
     assert send(figures, b"GET / x y HTTP/1.1\r\n\r\n").error == "not a request line: 'GET / x y HTTP/1.1'"
     assert send(figures, b"GET / HTTP/2.0\r\n\r\n").error == "HTTP/2.0 is not supported, only HTTP/1.1"
+    assert send(figures, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n").error == "more than 100 headers"
 
 
 @pytest.mark.parametrize(
