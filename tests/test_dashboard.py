@@ -352,6 +352,8 @@ def test_one_asset_with_an_old_time_is_marked(page: Page, server: PriceServer) -
     server.publish([PriceUpdate(asset, 2.0, at) for asset, at in times.items()])
     page.visit(server.port)
     wait_for(lambda: page.part("note") == ["13 min behind" if asset == "XLM" else "" for asset in ASSETS])
+    page.resize(1280)
+    assert page.run("return document.querySelectorAll('[data-part=note]')[7].offsetHeight") < 24, "in one line"
     assert page.style("tr:nth-child(8) .price", "color") != page.style("tr:nth-child(7) .price", "color")
 
 
