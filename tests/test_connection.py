@@ -830,7 +830,9 @@ def test_300_clients_are_all_pinged_at_once_and_once_though_it_is_done_in_slices
 def test_a_machine_that_slept_for_a_day_finds_its_clients_again(timed: PriceServer) -> None:
     with RawClient(timed.port) as client:
         pass_time(timed, 86_400.0)
-        assert pings(client) == 1
+        for _ in range(5):
+            pass_time(timed, 1.0)
+        assert pings(client) == 1, "what was slept through is not made up for"
         assert len(timed.clients) == 1
 
 
