@@ -44,6 +44,7 @@ from raw import (
     one_after_the_other,
     parse,
     pass_time,
+    preceded,
     prices,
     read_all,
     read_head,
@@ -456,6 +457,24 @@ def test_a_slow_reader_of_400_assets_gets_every_one_in_turn(start_server: Start)
             widen(server, narrowed, room=50 * SIZE)
         seen = [asset for asset, _ in client.prices(450)]
         assert sorted(set(seen)) == list(assets)
+
+
+def test_what_is_owed_of_400_assets_goes_out_in_few_sends(start_server: Start) -> None:
+    assets = tuple(f"A{number:03}" for number in range(400))
+    server = start_server(assets)
+    with RawClient(server.port) as client:
+        narrowed = narrow(server)
+        server.publish([PriceUpdate(asset, 1.0, "t") for asset in assets])
+        sends: list[int] = []
+
+        def catch_up() -> None:
+            narrowed.room = 1 << 30
+            narrowed.send = preceded(narrowed.send, lambda: sends.append(1))  # type: ignore[method-assign]
+            last_connection(server).flush()
+
+        server.call(catch_up)
+        assert client.prices(400) == [(asset, 1.0) for asset in assets]
+        assert len(sends) <= 4
 
 
 def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_prices(start_server: Start) -> None:
