@@ -230,6 +230,11 @@ def test_a_violation_is_answered_with_a_close_frame_that_says_which(
             assert client.read_close() == code
 
 
+def test_the_close_frame_behind_a_violation_says_in_words_what_is_wrong(client: RawClient) -> None:
+    client.send(frame(TEXT, HELLO, masked=False))
+    assert client.read() == (CLOSE, b"\x03\xeaframe is not masked")
+
+
 def test_65537_bytes_sent_whole_are_refused_without_a_reset(client: RawClient) -> None:
     client.send(frame(TEXT, b"x" * 65_537))
     assert client.read_close() == 1009
