@@ -97,6 +97,7 @@ def start_cache(
         *changes,
     )
     stand_in_with_tls = (
+        f"server {{ listen 127.0.0.1:{tls_port} ssl default_server; ssl_reject_handshake on; }}"  # asked for no name
         f"server {{ listen 127.0.0.1:{tls_port} ssl; server_name rest.coinapi.io;"
         f" ssl_certificate {certificate.chain}; ssl_certificate_key {certificate.key};"
         f" location / {{ proxy_pass {coin_api.url}; proxy_set_header Host $http_host; }} }}"

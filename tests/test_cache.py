@@ -17,6 +17,8 @@ from proxies import Certificate, HAProxy, Nginx, connect, deployed, free_port, g
 from running import Tracker, outside, wait_for
 from stand_in import KEY, StandIn, rates_body
 
+from coin_api import ANSWER_TIMEOUT
+
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
@@ -132,6 +134,26 @@ def test_cache_asks_once_for_all_who_wait_and_keeps_no_error(coin_api: StandIn, 
     wait_for(lambda: time.time() % 1 < 0.1)
     assert get(url + "BTC")[0] == 200
     assert len(coin_api.requests) == 3, "an answer of the last interval"
+
+
+def test_trackers_that_follow_other_assets_or_another_currency_get_their_own_prices(
+    coin_api: StandIn, cache: Nginx
+) -> None:
+    url = f"http://127.0.0.1:{cache.port}/v1/exchangerate/"
+    wait_for(lambda: time.time() % 1 < 0.1)  # the start of an interval
+    wanted = ("BTC", "USD"), ("ETH", "USD"), ("ETH", "EUR")
+    for asset_id, quote in wanted:
+        answer = json.loads(get(f"{url}{quote}?filter_asset_id={asset_id}&invert=true")[1])
+        assert [rate["asset_id_quote"] for rate in answer["rates"]] == [asset_id]
+        assert answer["asset_id_base"] == quote
+
+
+def test_cache_gives_up_on_coinapi_before_a_tracker_gives_up_on_the_cache() -> None:
+    text = deployed("nginx-cache.conf")
+    most = [
+        re.findall(rf"^ +{name}_timeout (\d+)s;", text, re.M) for name in ("resolver", "proxy_connect", "proxy_read")
+    ]
+    assert sum(int(seconds) for (seconds,) in most) < ANSWER_TIMEOUT
 
 
 def test_cache_does_not_give_the_key_to_a_host_without_the_right_certificate(

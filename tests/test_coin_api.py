@@ -187,7 +187,10 @@ def test_a_refusal_carries_the_status_and_what_coinapi_said(
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [("30", 30.0), ("0", 0.0), ("86400", 900.0), ("9" * 400, 900.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0)]
-    + [(junk, None) for junk in ("soon", "-5", "inf", "nan", "1.5", "", "Thu, 99 Jan 2099")],
+    + [
+        (junk, None)
+        for junk in ("soon", "-5", "inf", "nan", "1.5", "", "Thu, 99 Jan 2099", f"Thu, 01 Jan {'9' * 20} 00:00:00 GMT")
+    ],
 )
 def test_retry_after_is_honoured_up_to_15_minutes(
     http: responses.RequestsMock, api: CoinApi, header: str, seconds: float | None
@@ -480,7 +483,15 @@ def test_a_refused_address_is_shown_with_the_way_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://host", "https://host:8443/path/", "http://127.0.0.1:8080", "http://localhost", "http://[::1]:1/x"]
+    "url",
+    [
+        "https://host",
+        "https://host:8443/path/",
+        "http://127.0.0.1:8080",
+        "http://localhost",
+        "http://[::1]:1/x",
+        "HTTPS://host",
+    ],
 )
 def test_other_hosts_over_https_and_loopback_over_http_are_accepted(http: responses.RequestsMock, url: str) -> None:
     http.get(f"{url.rstrip('/')}/v1/exchangerate/EUR", rates_body({"BTC": 2.5}))
@@ -706,6 +717,7 @@ def test_demo_prices_have_the_same_shape_and_move() -> None:
     assert [update.asset_id for update in first] == ["BTC", "DOGE"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{7}Z", first[0].time)
     assert first[0].price != second[0].price
+    assert all(len(str(update.price)) <= 8 for update in second), "seven digits, and not sixteen"
     assert first[0].price == pytest.approx(45000, rel=0.01)
 
 

@@ -44,6 +44,7 @@ from raw import (
     one_after_the_other,
     parse,
     pass_time,
+    preceded,
     prices,
     read_all,
     read_head,
@@ -227,6 +228,11 @@ def test_a_violation_is_answered_with_a_close_frame_that_says_which(
             client.send(sent, chop)
             assert [client.read() for _ in back] == back
             assert client.read_close() == code
+
+
+def test_the_close_frame_behind_a_violation_says_in_words_what_is_wrong(client: RawClient) -> None:
+    client.send(frame(TEXT, HELLO, masked=False))
+    assert client.read() == (CLOSE, b"\x03\xeaframe is not masked")
 
 
 def test_65537_bytes_sent_whole_are_refused_without_a_reset(client: RawClient) -> None:
@@ -456,6 +462,24 @@ def test_a_slow_reader_of_400_assets_gets_every_one_in_turn(start_server: Start)
             widen(server, narrowed, room=50 * SIZE)
         seen = [asset for asset, _ in client.prices(450)]
         assert sorted(set(seen)) == list(assets)
+
+
+def test_what_is_owed_of_400_assets_goes_out_in_few_sends(start_server: Start) -> None:
+    assets = tuple(f"A{number:03}" for number in range(400))
+    server = start_server(assets)
+    with RawClient(server.port) as client:
+        narrowed = narrow(server)
+        server.publish([PriceUpdate(asset, 1.0, "t") for asset in assets])
+        sends: list[int] = []
+
+        def catch_up() -> None:
+            narrowed.room = 1 << 30
+            narrowed.send = preceded(narrowed.send, lambda: sends.append(1))  # type: ignore[method-assign]
+            last_connection(server).flush()
+
+        server.call(catch_up)
+        assert client.prices(400) == [(asset, 1.0) for asset in assets]
+        assert len(sends) <= 4
 
 
 def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_prices(start_server: Start) -> None:
@@ -830,7 +854,9 @@ def test_300_clients_are_all_pinged_at_once_and_once_though_it_is_done_in_slices
 def test_a_machine_that_slept_for_a_day_finds_its_clients_again(timed: PriceServer) -> None:
     with RawClient(timed.port) as client:
         pass_time(timed, 86_400.0)
-        assert pings(client) == 1
+        for _ in range(5):
+            pass_time(timed, 1.0)
+        assert pings(client) == 1, "what was slept through is not made up for"
         assert len(timed.clients) == 1
 
 

@@ -15,6 +15,8 @@ from proxies import DEPLOY, get
 from running import ASSETS, ROOT, outside, wait_for
 from websockets.sync.client import connect
 
+from price_server import PriceServer
+
 HTTP = "http://127.0.0.1:3030"
 
 
@@ -110,6 +112,13 @@ def test_nothing_but_the_volume_is_writable(image: Image, volume: Path) -> None:
 def test_dockerfile_names_no_machine_and_no_setting_of_one() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert [word for word in ("--index-url", "PIP_", "ca-certificates", "proxy") if word in text] == []
+
+
+def test_compose_file_gives_the_port_to_this_machine_alone_and_has_room_for_all_clients() -> None:
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["tracker"]
+    assert service["ports"] == ["127.0.0.1:3030:3030"]
+    assert service["ulimits"]["nofile"] > 10_000 + PriceServer.own_files + PriceServer.spare_visitors
+    assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
 
 
 def test_compose_file_is_understood_and_fits_the_image(image: Image) -> None:

@@ -255,6 +255,7 @@ def test_port_80_leads_to_https_but_for_the_certificates_questions(proxy: HAProx
     # Nobody asks for a certificate now: that this is no redirect is what counts.
     status, body, headers = get(f"{http}/.well-known/acme-challenge/token")
     assert (status, headers["content-type"], list(json.loads(body))) == (503, "application/json", ["error"])
+    assert headers["retry-after"] == "2"
 
 
 def test_ipv6_is_served(proxy: HAProxy, certificate: Certificate) -> None:
@@ -331,6 +332,12 @@ def test_proxy_waits_longer_than_the_pings_are_apart() -> None:
     found = re.search(r"timeout tunnel (\d+)s", deployed("haproxy.cfg"))
     assert found
     assert int(found[1]) >= 2 * PriceServer.ping_interval
+
+
+def test_proxy_waits_longer_for_an_answer_than_a_tracker_takes_to_say_that_it_has_none() -> None:
+    found = re.search(r"timeout server (\d+)s", deployed("haproxy.cfg"))
+    assert found
+    assert int(found[1]) > PriceServer.history_timeout + PriceServer.housekeeping_interval
 
 
 def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: Certificate, tmp_path: Path) -> None:
@@ -416,3 +423,17 @@ def test_certbot_hook_joins_chain_and_key_and_the_new_certificate_is_served(
         wait_for(lambda: ssl.get_server_certificate(("127.0.0.1", proxy.port)) == new, what="the new certificate")
         assert proxy.pem.stat().st_mode & 0o777 == 0o600
     assert os.access(DEPLOY / "certbot-hook.sh", os.X_OK)
+
+
+def test_certbot_hook_without_a_key_leaves_the_certificate_that_is_served(tmp_path: Path) -> None:
+    pem, reloaded = tmp_path / "price-tracker.pem", tmp_path / "reloaded"
+    pem.write_text("what is served")
+    (tmp_path / "fullchain.pem").write_text("a chain without its key")
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh\ntouch "{reloaded}"\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    hook = tmp_path / "hook.sh"
+    hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", pem)))
+    environment = {"RENEWED_LINEAGE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["sh", hook], env=environment, capture_output=True).returncode != 0
+    assert pem.read_text() == "what is served"
+    assert not reloaded.exists()

@@ -1087,6 +1087,21 @@ def test_the_number_of_clients_is_lowered_to_the_room_that_there_is(
     assert caplog.messages == ([warning] if why else [])
 
 
+def test_visitors_leave_20_files_for_what_is_no_connection(
+    monkeypatch: pytest.MonkeyPatch, start_server: Start
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (23, 23))
+    server = start_server()
+    with contextlib.ExitStack() as stack:
+        visitors = []
+        for number in range(1, 4):
+            visitors.append(stack.enter_context(visit(server.port, request()[:-2])))
+            wait_for_value(lambda: connections(server), number)
+        stack.enter_context(visit(server.port, request()[:-2]))
+        assert visitors[0].recv(1) == b"", "the fourth takes the place of the first"
+        assert connections(server) == 3
+
+
 def test_when_all_descriptors_are_taken_the_visitor_that_waited_longest_makes_room(timed: PriceServer) -> None:
     server = timed
     server._room = 6

@@ -67,6 +67,15 @@ def test_a_stderr_whose_disk_is_full_is_no_error(monkeypatch: pytest.MonkeyPatch
         service._write("nobody can be told")
 
 
+def test_a_line_that_stderr_takes_in_parts_is_written_whole(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:5]))
+    service._write("a pipe that is nearly full takes what it has room for")
+    assert capfd.readouterr().err == "a pipe that is nearly full takes what it has room for\n"
+
+
 @pytest.fixture
 def start_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Log, Stderr]]]:
     logs: list[Log] = []

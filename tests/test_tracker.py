@@ -210,6 +210,11 @@ def test_the_same_cause_is_a_warning_again_in_the_next_outage(caplog: pytest.Log
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
+def test_the_same_cause_with_other_words_behind_its_colon_is_no_other_warning(caplog: pytest.LogCaptureFixture) -> None:
+    run([CoinApiError(f"CoinAPI answered 503: request {number}") for number in range(3)], until=14)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_another_cause_is_another_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run([CoinApiError("timed out"), CoinApiError("CoinAPI answered 403: no credits")], until=14)
@@ -479,6 +484,10 @@ def test_asset_ids_are_upper_cased_and_taken_once() -> None:
     options = tracker.parse_arguments(["--assets", "btc, Eth,BTC,usdt_x", "--quote", "eur"])
     assert options.assets == ("BTC", "ETH", "USDT_X")
     assert options.quote == "EUR"
+
+
+def test_pages_that_have_no_origin_can_be_allowed_too() -> None:
+    assert tracker.parse_arguments(["--allow-origin", "null"]).allow_origin == ["null"]
 
 
 def test_the_defaults_are_ten_assets_in_usd_every_5_s_on_port_3030() -> None:

@@ -238,6 +238,12 @@ def test_a_request_line_that_says_nothing_is_told_so(figures: Figures) -> None:
     assert send(figures, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n").error == "more than 100 headers"
 
 
+def test_what_is_sent_back_of_a_line_that_is_wrong_has_40_characters_at_the_most(figures: Figures) -> None:
+    line = "0123456789" * 3_000
+    assert send(figures, f"{line}\r\n\r\n".encode()).error == f"not a request line: {line[:40]!r}"
+    assert send(figures, f"GET / HTTP/1.1\r\n{line}\r\n\r\n".encode()).error == f"not a header: {line[:40]!r}"
+
+
 @pytest.mark.parametrize(
     "line", ["no colon", ": no name", "Host : x", " folded: x", "Ho\tst: x", "Hôst: x", "X: \0", "X: a\rb", "X: \x7f"]
 )
@@ -609,6 +615,13 @@ def test_a_page_that_was_changed_is_sent_and_hashed_anew(
         answer = get(figures, "/")
         assert answer.body.decode() == text
         assert Page(text).hashes("script") in answer.headers["Content-Security-Policy"]
+
+
+def test_all_who_take_the_page_hold_it_once(figures: Figures) -> None:
+    first, second = (respond(b"GET / HTTP/1.1\r\n\r\n", figures, RANGES) for _ in range(2))
+    assert isinstance(first, Answer)
+    assert isinstance(second, Answer)
+    assert first.pieces[1] is second.pieces[1]
 
 
 def test_without_its_page_the_server_says_what_is_missing(
