@@ -60,6 +60,7 @@ from coin_api import PriceUpdate
 from price_server import PriceServer
 from price_server.connection import Connection
 from price_server.frames import MAX_MESSAGE, encode_frame
+from price_server.loop import Loop
 
 pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
 
@@ -679,6 +680,7 @@ def test_the_limits_are_those_of_the_design() -> None:
     assert PriceServer.max_unanswered == 3
     assert PriceServer.housekeeping_interval == 0.5
     assert PriceServer.call_timeout == 10.0
+    assert Loop.stop_timeout == 1.0  # PriceServer's is shorter in these tests
     assert PriceServer.request_queue_size == 1_024
     assert MAX_MESSAGE == 65_536
 

@@ -731,6 +731,22 @@ def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
     assert made[0].calls == [True, (1001, b"server is stopping")]
 
 
+@pytest.mark.parametrize("name", ["history", "server"])
+def test_a_server_without_one_of_its_threads_is_exit_1_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Done], name: str
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    done = run_main("--demo", "--port", "0")
+    assert (done.status, done.log[0]) == (1, "ERROR cannot start: can't start new thread")
+
+
 def test_a_refused_key_is_exit_2_without_the_start_up_lines(
     run_main: Callable[..., Done], made: list[FakePriceServer], coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

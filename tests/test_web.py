@@ -217,6 +217,7 @@ def test_what_is_not_there_is_404_with_what_is_there(priced: Figures, target: st
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 \xff\xfe\r\n\r\n", 400),
         (b"GET /prices\r\n\r\n", 200),
         (b"GET /prices HTTP/1.0\n\n", 200),
+        (b"GET  /prices\tHTTP/1.1 \t\r\n\r\n", 200),
         (b"GET http://elsewhere/prices HTTP/1.1\r\nHost: x\r\n\r\n", 200),
         (b"GET /prices HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n", 200),
         (b"GET /prices HTTP/1.1\r\n" + b"X: y\r\n" * 100 + b"\r\n", 200),
@@ -480,6 +481,8 @@ def test_an_allowed_origin_may_read_every_path_and_every_error(narrowed: Figures
     poll(narrowed, BTC=1.0)
     answer = get(narrowed, target, Origin="https://example.org")
     assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    refused = get(narrowed, target, "POST", Origin="https://example.org")
+    assert (refused.status, refused.headers["Access-Control-Allow-Origin"]) == (405, "https://example.org")
 
 
 @pytest.mark.parametrize(
