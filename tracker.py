@@ -281,6 +281,8 @@ def _next(events: queue.SimpleQueue[str], seconds: float) -> str | None:
 def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
     """Print the prices of one poll, one JSON message a line."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends it without a traceback
+    if sys.stdout is None:
+        return _fail(1, "cannot write the prices: stdout is closed")
     try:
         updates = source.fetch_prices(assets)
     except CoinApiError as error:

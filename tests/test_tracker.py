@@ -826,7 +826,11 @@ def test_once_names_an_asset_that_has_no_price(run_main: Callable[..., Done], co
 
 @pytest.mark.parametrize(
     ("where", "status", "said"),
-    [("| (exec <&-; wait)", 0, None), ("> /dev/full", 1, "ERROR cannot write the prices: No space left on device")],
+    [
+        ("| (exec <&-; wait)", 0, None),
+        ("> /dev/full", 1, "ERROR cannot write the prices: No space left on device"),
+        (">&-", 1, "ERROR cannot write the prices: stdout is closed"),
+    ],
 )
 def test_once_that_cannot_write_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, where: str, status: int, said: str | None
