@@ -84,14 +84,16 @@ class Past(History):
         assert held.wait(5)
         return go_on
 
-    def tell_disk(self, statement: str) -> None:
+    def tell_disk(self, statement: str) -> list[tuple[Any, ...]]:
         """Execute it on the connection to the file, in the thread that owns it."""
+        answers: queue.SimpleQueue[list[tuple[Any, ...]]] = queue.SimpleQueue()
 
         def answer(_: object) -> None:
             assert self._disk
-            self._disk.execute(statement)
+            answers.put(self._disk.execute(statement).fetchall())
 
         self.ask("1h", (), answer)
+        return answers.get(timeout=5)
 
 
 @pytest.fixture
@@ -490,6 +492,7 @@ def test_the_file_says_whose_it_is_and_how_it_is_kept(past: Callable[..., Past],
     history.poll("1")
     history.parts()
     assert (filled.parent / "past.db-wal").stat().st_size > 0
+    assert history.tell_disk("PRAGMA synchronous") == [(1,)]  # NORMAL: a loss of power leaves no damaged file
 
 
 def test_a_link_to_a_file_is_followed(past: Callable[..., Past], file: Path, tmp_path: Path) -> None:
@@ -500,6 +503,19 @@ def test_a_link_to_a_file_is_followed(past: Callable[..., Past], file: Path, tmp
     history.parts()
     history.stop(5)
     assert len(rows(tmp_path / "elsewhere" / "real.db")) == 10
+
+
+def test_a_link_may_stand_where_nothing_may_be_written(
+    past: Callable[..., Past], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, real = tmp_path / "links", tmp_path / "real"
+    links.mkdir()
+    real.mkdir()
+    (links / "past.db").symlink_to(real / "past.db")
+    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != os.path.realpath(links))
+    past(links / "past.db").poll("1")
+    wait_for(lambda: len(rows(real / "past.db")) == 10)
+    assert os.listdir(links) == ["past.db"]
 
 
 def test_a_name_with_signs_that_mean_something_in_an_address(past: Callable[..., Past], tmp_path: Path) -> None:
@@ -820,6 +836,24 @@ def test_a_file_that_was_replaced_is_gone_on_with_and_keeps_what_is_in_it(
     assert rows(filled, "PRAGMA integrity_check") == [("ok",)]
     assert past(filled, now=history.clock.now).text("24h") == expected
     assert len(past(filled, now=history.clock.now, source="other").points("24h")) == 16
+
+
+def test_a_file_that_was_replaced_takes_no_newer_price_back(
+    past: Callable[..., Past], file: Path, log: pytest.LogCaptureFixture
+) -> None:
+    history = past(file)
+    history.poll("1")
+    history.stop(5)
+    copy = shutil.copy(file, file.with_name("copy.db"))
+    history = past(file)
+    history.poll("2", at=NOON + 5)  # in the same step as the one in the copy
+    history.parts()
+    os.replace(copy, file)
+    history.poll("3", at=NOON + 10)
+    wait_for(lambda: recovered(log, file))
+    assert history.points() == [[NOON + 5, 2], [NOON + 10, 3]]
+    history.stop(5)
+    assert past(file, now=NOON + 10).points() == [[NOON + 5, 2], [NOON + 10, 3]]
 
 
 def test_a_file_that_was_replaced_by_a_stranger_is_left_alone_and_the_past_stays(
