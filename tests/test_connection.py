@@ -834,6 +834,7 @@ def test_a_client_is_pinged_every_20_s_and_dropped_after_three_without_a_pong(ti
             pass_time(timed, 0.5)
             assert pings(silent) == pings(lively) == 1
             lively.send(frame(PONG))
+            silent.send(frame(TEXT, b"I am no pong"))
             assert len(timed.clients) == 2
             assert number <= 3
         pass_time(timed, 20.0)

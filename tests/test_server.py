@@ -1162,8 +1162,9 @@ def test_clients_leave_no_file_behind(server: PriceServer) -> None:
     wait_for(lambda: process.num_fds() <= before, what="files closed")
 
 
-def test_an_ipv6_address_is_listened_on(start_server: Start) -> None:
-    server = start_server(host="::1")
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_an_ipv6_address_is_listened_on(start_server: Start, host: str) -> None:
+    server = start_server(host=host)
     with socket.create_connection(("::1", server.port), timeout=10) as sock:
         sock.sendall(get("/prices"))
         assert read_all(sock).endswith(b"[]")

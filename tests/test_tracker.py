@@ -162,6 +162,18 @@ def test_after_a_failure_polls_go_on_one_interval_apart() -> None:
     assert run([GOOD, CoinApiError("x"), CoinApiError("x")], until=31)[0].polls == [0, 5, 10, 20, 25, 30]
 
 
+def test_the_next_trouble_begins_with_the_shortest_backoff_and_prices_are_told_once_to_be_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    failure = CoinApiError("x")
+    assert run([failure, failure, GOOD, GOOD, failure], until=35)[0].polls == [0, 5, 15, 20, 25, 30, 35]
+    assert [message for message in caplog.messages if message.startswith("prices again")] == [
+        "prices again after 15 s, failed polls: 2",
+        "prices again after 5 s, failed polls: 1",
+    ]
+
+
 def test_a_failed_poll_that_took_long_is_not_followed_by_a_storm() -> None:
     time = FakeTime(31)
     source, server = FakeSource(time, []), FakeServer()
