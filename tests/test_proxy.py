@@ -30,6 +30,10 @@ from websockets.typing import Origin
 from price_server import PriceServer
 
 CLIENTS = 200
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +332,31 @@ def test_address_with_too_many_websockets_on_its_connections_is_told_so(
             connect(uri, ssl=certificate.context)
 
 
+def test_all_of_an_ipv6_network_counts_as_one_address(certificate: Certificate, tmp_path: Path) -> None:
+    """The addresses stand in a line before the TLS; here too the limit is 2 instead of 200."""
+    changes = (("v6only ssl", "v6only accept-proxy ssl"), ("sc1_conn_cur gt 200", "sc1_conn_cur gt 2"))
+    with Tracker("--demo") as tracker, ExitStack() as stack:
+        proxy = stack.enter_context(HAProxy(tmp_path, [tracker.port] * 3, certificate, *changes))
+        statuses = []
+        for address in ("2001:db8:0:1::1", "2001:db8:0:1::2", "2001:db8:0:1:ffff::3", "2001:db8:0:2::1"):
+            plain = stack.enter_context(socket.create_connection(("::1", proxy.port), timeout=5))
+            plain.sendall(f"PROXY TCP6 {address} 2001:db8::9 40000 443\r\n".encode())
+            sock = stack.enter_context(certificate.context.wrap_socket(plain, server_hostname="localhost"))
+            sock.sendall(UPGRADE)
+            statuses.append(sock.recv(100).split()[1])
+        assert statuses == [b"101", b"101", b"429", b"101"]
+
+
+def test_who_asks_for_nothing_is_hung_up_on(certificate: Certificate, tmp_path: Path) -> None:
+    """Here after 1 s instead of 10."""
+    change = ("timeout http-request 10s", "timeout http-request 1s")
+    with HAProxy(tmp_path, [free_port()] * 3, certificate, change) as proxy:
+        for half in (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "):
+            with socket.create_connection(("127.0.0.1", proxy.http_port), timeout=5) as sock:
+                sock.sendall(half)
+                assert sock.recv(100)[:13] in (b"", b"HTTP/1.1 408 ")
+
+
 def test_proxy_waits_longer_than_the_pings_are_apart() -> None:
     found = re.search(r"timeout tunnel (\d+)s", deployed("haproxy.cfg"))
     assert found
@@ -347,10 +376,7 @@ def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: 
         proxy = stack.enter_context(HAProxy(tmp_path, [tracker.port] * 3, certificate))
         plain = stack.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=5))
         sock = stack.enter_context(certificate.context.wrap_socket(plain, server_hostname="localhost"))
-        sock.sendall(
-            b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
+        sock.sendall(UPGRADE)
         assert sock.recv(1)
         time.sleep(6)  # 2 MB of prices
         woken = datetime.now(UTC).isoformat()
