@@ -864,6 +864,18 @@ def test_a_message_for_a_client_that_just_died_is_no_error_of_the_sender(server:
         assert client.file.read() == b""
 
 
+def test_what_a_callback_notes_in_its_client_is_there_in_the_next(server: PriceServer) -> None:
+    found: list[object] = []
+    server.set_fn_new_client(lambda client, server: client.update(note="mine"))
+    server.set_fn_message_received(lambda client, server, message: found.append(client.get("note")))
+    server.set_fn_client_left(lambda client, server: found.append(client.get("note")))
+    with honest(server) as client:
+        client.send("one")
+        wait_for(lambda: found == ["mine"])
+        assert [each.get("note") for each in server.clients] == ["mine"]
+    wait_for(lambda: found == ["mine", "mine"])
+
+
 def test_a_greeting_sent_from_new_client_comes_behind_the_known_prices(server: PriceServer, updates: Updates) -> None:
     server.publish(updates(1.0))
     server.set_fn_new_client(lambda client, server: server.send_message(client, "welcome"))
