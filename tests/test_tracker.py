@@ -717,14 +717,7 @@ def test_a_history_file_that_cannot_be_used_is_exit_2(
     assert (done.status, done.log) == (2, ["ERROR x.db is no database: move it aside"])
 
 
-@pytest.mark.parametrize("name", ["log", "poller"])
-def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    run_main: Callable[..., Done],
-    made: list[FakePriceServer],
-    name: str,
-) -> None:
+def refuse_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -733,6 +726,17 @@ def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.parametrize("name", ["log", "poller"])
+def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    run_main: Callable[..., Done],
+    made: list[FakePriceServer],
+    name: str,
+) -> None:
+    refuse_thread(monkeypatch, name)
     if name == "log":
         assert main(["--demo"]) == 1
         assert capfd.readouterr().err == "tracker.py: can't start new thread\n"
@@ -747,14 +751,7 @@ def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
 def test_a_server_without_one_of_its_threads_is_exit_1_and_says_so(
     monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Done], name: str
 ) -> None:
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name == name:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    refuse_thread(monkeypatch, name)
     done = run_main("--demo", "--port", "0")
     assert (done.status, done.log[0]) == (1, "ERROR cannot start: can't start new thread")
 
