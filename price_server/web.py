@@ -87,7 +87,8 @@ class Request:
         if self.method not in ("GET", "HEAD"):
             raise Refusal(405, f"method {self.method[:20]} is not supported, only GET and HEAD", Allow="GET, HEAD")
         try:
-            url = urlsplit("/" + target.lstrip("/") if target.startswith("//") else target)  # no host
+            # Two slashes would be taken for the start of a host.
+            url = urlsplit("/" + target.lstrip("/") if target.startswith("//") else target)
         except ValueError:
             raise Refusal(400, "the request target is not a URL") from None
         if len(url.query) > MAX_QUERY:
@@ -103,10 +104,11 @@ class Request:
             self._headers.setdefault(header[1].lower(), []).append(header[2].strip(" \t"))
 
     def all(self, header: str) -> list[str]:
-        """The values of each header of this name, in small letters."""
+        """The value of each header of this name; the name is given in small letters."""
         return self._headers.get(header, [])
 
     def first(self, header: str) -> str:
+        """The value of the first of them, or "" without one."""
         return self.all(header)[0] if header in self._headers else ""
 
     def tokens(self, header: str) -> list[str]:
