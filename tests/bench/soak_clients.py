@@ -12,6 +12,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from running import ASSETS
 from soak_source import WITHOUT_DOT

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from bench_fanout import Crowd, Setup, Trouble, compile_programs
 from bench_sides import BEFORE, FLOOR, SIDES, installed
-from running import outside
+from running import ROOT, outside
 
 BENCH = Path(__file__).with_name("bench_fanout.py")
 COMPILES = platform.system() == "Linux" and any(map(shutil.which, ("cc", "gcc", "clang")))
@@ -53,7 +53,7 @@ def test_the_benchmark_measures_every_installed_side_and_none_loses_a_byte():
 
 def test_an_earlier_checkout_runs_beside_this_one_and_without_a_compiler():
     arguments = ("--clients", "20", "--rounds", "2", "--sides", "this,floor", "--python")
-    output, rows = run(*arguments, "--before", str(BENCH.parent.parent))
+    output, rows = run(*arguments, "--before", str(ROOT))
     assert f"{FLOOR} in Python" in rows
     assert "x before" in rows["side"]
     (before,) = (cells for name, cells in rows.items() if name.startswith(BEFORE))

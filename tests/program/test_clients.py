@@ -313,7 +313,7 @@ class Swarm:
     def __init__(self, kind: Callable[..., None], port: int, *numbers: int):
         self.process = subprocess.Popen(
             [sys.executable, __file__, kind.__name__, str(port), *map(str, numbers)],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

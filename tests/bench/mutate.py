@@ -1,6 +1,6 @@
 """Mutation testing, started by hand: of small faults put into a room, how many do its quick tests notice?
 
-    .venv/bin/pip install -q mutmut==3.8.1 && .venv/bin/python tests/mutate.py [--all] [ROOM...]
+    .venv/bin/pip install -q mutmut==3.8.1 && .venv/bin/python tests/bench/mutate.py [--all] [ROOM...]
 
 mutmut (on Linux and macOS) puts the faults, one at a time, into a copy of the program. Without --all
 it takes 200 of each room at random. Exit status 1 when under 90 of 100 are noticed in one.
@@ -14,15 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = 200  # faults of each room
 ENOUGH = 0.9  # of them noticed
 TESTS = {  # of each room that is a function of what comes in
-    "coin_api.py": "tests/test_coin_api.py",
-    "price_server/frames.py": "tests/test_frames.py",
-    "price_server/web.py": "tests/test_web.py",
-    "price_server/figures.py": "tests/test_web.py",
-    "price_server/history.py": "tests/test_history.py",
+    "coin_api.py": "tests/unit/test_coin_api.py",
+    "price_server/frames.py": "tests/unit/test_frames.py",
+    "price_server/web.py": "tests/unit/test_web.py",
+    "price_server/figures.py": "tests/unit/test_web.py",
+    "price_server/history.py": "tests/unit/test_history.py",
 }
 # mutmut runs in a directory `mutants`, where pytest must find its settings, or it tests the program beside it.
 SETTINGS = """[mutmut]

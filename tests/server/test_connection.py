@@ -54,7 +54,7 @@ from raw import (
     widen,
 )
 from running import ASSETS, wait_for
-from test_frames import INVALID_UTF8, VALID_UTF8
+from texts import INVALID_UTF8, VALID_UTF8
 
 from coin_api import PriceUpdate
 from price_server import PriceServer

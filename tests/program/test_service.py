@@ -33,7 +33,7 @@ from service import Log, Systemd
 DEPLOY = ROOT / "deploy"
 UNITS = ("price-tracker.service", "price-tracker@.service")
 RULES = DEPLOY / "prometheus-rules.yml"
-RULE_TESTS = ROOT / "tests" / "prometheus-rules.test.yml"
+RULE_TESTS = ROOT / "tests" / "deploy" / "prometheus-rules.test.yml"
 
 
 def record(message: str, level: int = logging.INFO) -> logging.LogRecord:

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 import psutil
 from running import Tracker, wait_for
 from soak_clients import client_frame, raise_file_limit, request

@@ -1,6 +1,6 @@
 """Measure what one poll costs with N clients: this server, what people would use instead, and the floor.
 
-    python tests/bench_fanout.py [--clients 100,1000,8000] [--rounds 15] [--sides this,picows] [--quick]
+    python tests/bench/bench_fanout.py [--clients 100,1000,8000] [--rounds 15] [--sides this,picows] [--quick]
                                  [--before DIR] [--python]
 
 Each side is a server process of its own (bench_sides.py) and has a reader process of its own, which
@@ -47,7 +47,8 @@ from typing import Any, NamedTuple
 from bench_sides import BEFORE, ENVIRONMENT, FLOOR, IN_FLIGHT, SIDES, THIS, WS, Side, installed, raise_file_limit
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 TIME = "2021-10-20T21:34:13.0000000Z"  # the stand-in's, so that a tracker sends the same bytes
 CHUNKS = 4  # parts in which the clients are connected, the sides taking turns
 CONNECT_TIMEOUT = 30.0  # seconds for one part, and for a round: those of the readers
@@ -72,7 +73,7 @@ class Setup(NamedTuple):
             return ["node", "--expose-gc", "-e", WS, json.dumps(self.messages)]
         if side.name == FLOOR and FLOOR in self.compiled:
             return [self.compiled[FLOOR], self.frames().hex()]
-        directory = self.before if side.name == BEFORE else str(HERE.parent)
+        directory = self.before if side.name == BEFORE else str(ROOT)
         return [sys.executable, str(HERE / "bench_sides.py"), side.name, directory, json.dumps(self.messages)]
 
     def crowd_command(self) -> list[str]:

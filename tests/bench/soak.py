@@ -1,7 +1,7 @@
 """A tracker under load for minutes: 1,000 clients, some of them rude, and a CoinAPI that fails now and then.
 
-    python tests/soak.py [--minutes 2] [--clients 1000]
-    python tests/soak.py --storm [--seconds 25] [--scale 1] [--wait 0.7]
+    python tests/bench/soak.py [--minutes 2] [--clients 1000]
+    python tests/bench/soak.py --storm [--seconds 25] [--scale 1] [--wait 0.7]
 
 Prints figures and exits 1 when a promise broke. The stand-in's price is a counter of its good
 answers, so a poll that a client missed is a gap, and its `time` is the monotonic clock, so a message
@@ -22,6 +22,8 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from running import Tracker, wait_for
 from soak_clients import raise_file_limit
