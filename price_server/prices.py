@@ -1,0 +1,104 @@
+"""The latest price of each asset, its encoded message in each format, and what a sound price is.
+
+No socket, no thread: the server thread owns a server's `Prices`.
+"""
+
+import math
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, Protocol
+
+from .formats import FORMATS, Format
+
+MAX_SNAPSHOTS = 100  # sets of assets for which a snapshot is kept joined: there are 2^n sets
+
+
+class Update(Protocol):
+    """What `publish` takes; `coin_api.PriceUpdate` is one."""
+
+    @property
+    def asset_id(self) -> str: ...
+    @property
+    def price(self) -> float: ...
+    @property
+    def time(self) -> str: ...
+    def to_json(self) -> str: ...
+
+
+def split_sound(updates: Iterable[Update], assets: Container[str]) -> tuple[dict[str, Update], dict[str, str]]:
+    """The sound updates by asset id, and for each other asset id what is wrong with it, in a few words."""
+    sound: dict[str, Update] = {}
+    faults: dict[str, str] = {}
+    for update in updates:
+        fault = _find_fault(update, assets)
+        if fault:
+            faults[str(update.asset_id)[:40]] = fault
+        else:
+            sound[update.asset_id] = update
+    return sound, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in sound}
+
+
+def _find_fault(update: Update, assets: Container[str]) -> str:
+    price: Any = update.price
+    if not isinstance(update.asset_id, str) or update.asset_id not in assets:
+        return "not tracked"
+    if not isinstance(price, int | float) or isinstance(price, bool):
+        return f"price {str(price)[:40]!r} is not a number"
+    if isinstance(price, int) and price.bit_length() > 1023:  # over what a float can hold
+        return "price inf"
+    if not (price > 0 and math.isfinite(price)):
+        return f"price {price:.6g}"
+    if not isinstance(update.time, str):
+        return f"time {str(update.time)[:40]!r} is not a text"
+    return ""
+
+
+class Feed:
+    """The latest prices as one format writes them."""
+
+    def __init__(self, output_format: Format):
+        self.format = output_format
+        self.messages: dict[str, bytes] = {}  # by asset, in the order tracked
+        self._snapshots: dict[tuple[str, ...], bytes] = {}
+
+    def update(self, messages: dict[str, bytes]) -> None:
+        self.messages = messages
+        self._snapshots = {}
+
+    def snapshot(self, assets: tuple[str, ...]) -> bytes:
+        """The messages of all prices known so far, for a client that follows `assets`."""
+        snapshot = self._snapshots.get(assets)
+        if snapshot is None:
+            snapshot = b"".join([self.messages[asset] for asset in assets if asset in self.messages])
+            if len(self._snapshots) >= MAX_SNAPSHOTS:
+                self._snapshots.clear()
+            self._snapshots[assets] = snapshot
+        return snapshot
+
+
+class Prices:
+    """The latest price of each asset."""
+
+    def __init__(self, assets: Sequence[str]):
+        self.assets = tuple(assets)
+        self.latest: dict[str, Update] = {}  # in the order tracked; only those that have had a price
+        self.feeds = {each.name: Feed(each) for each in FORMATS}
+
+    def remember(self, updates: dict[str, Update]) -> None:
+        """Note a poll's sound updates; an asset that it lacks keeps its last price."""
+        known = self.latest | updates
+        self.latest = {asset: known[asset] for asset in self.assets if asset in known}
+        texts = {asset: update.to_json() for asset, update in updates.items()}
+        for feed in self.feeds.values():
+            messages = feed.messages | {asset: feed.format.encode_price(text) for asset, text in texts.items()}
+            feed.update({asset: messages[asset] for asset in self.latest})
+
+    def choose(self, asset_ids: Iterable[str]) -> tuple[str, ...]:
+        """These assets, in the order tracked; case does not matter. Raises ValueError for one that is not tracked."""
+        chosen = {asset_id.strip().upper() for asset_id in asset_ids}
+        for asset_id in sorted(chosen.difference(self.assets)):
+            raise ValueError(self.unknown(asset_id))
+        return tuple(asset for asset in self.assets if asset in chosen)
+
+    def unknown(self, asset_id: str) -> str:
+        """The error for an asset that is not tracked."""
+        return f"unknown asset {asset_id[:40]!r}: this server tracks {', '.join(self.assets)}"
