@@ -1,20 +1,6 @@
-"""All that clients see: the WebSocket feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
+"""Everything clients see: the WebSocket feed, the HTTP beside it, the past. Knows nothing of CoinAPI."""
 
-    server.py      PriceServer: publish, clients and visitors, start and stop
-    loop.py        the thread that owns all of it, and the functions that others hand to it
-    interface.py   what websocket-server documents, over that loop
-    connection.py  one accepted socket: what came and is not whole yet, what must go out and did not fit
-    frames.py      RFC 6455: bytes to frames and messages, and back
-    web.py         the head of an HTTP request to what is sent back
-    figures.py     the latest prices and the counters
-    history.py     the prices of the past, in SQLite
-    dashboard.html the page
-
-Threads: `server` waits for sockets, in one selector loop over the listener and every connection; it
-owns all of these, the latest prices and the counters. `history` waits for the disk and owns the
-database. Both are daemons, so that a program which forgets to stop them still ends; both stop in
-`shutdown_gracefully` and `shutdown_abruptly`. Other threads hand the server's a function to call.
-"""
+__version__ = "2.0.0"  # before the import: server.py puts it into /healthz
 
 from .server import PriceServer
 
