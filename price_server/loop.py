@@ -165,6 +165,7 @@ class Loop:
                 self._between_batches(handler)
                 self._serve(handler, events)
                 handler.after_events()
+                self._note_batch()
         except Exception:
             logger.critical("the server thread failed", exc_info=True)
         finally:

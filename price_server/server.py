@@ -21,7 +21,7 @@ from .commands import apply_command, encode_error, is_command
 from .connection import Connection
 from .frames import encode_close
 from .history import History
-from .hub import Hub
+from .hub import OWN_FILES, SPARE_VISITORS, Hub
 from .loop import Loop, RateLimitedLog, State
 from .prices import Prices, Update, split_sound
 from .status import Status
@@ -147,6 +147,11 @@ class PriceServer(WebsocketServer):
         """Note that polls are left out because there is no client. Any thread."""
         self._loop.call_soon(lambda: setattr(self._status, "paused", True))
 
+    @property
+    def last_error(self) -> str | None:
+        """Why the last poll brought no prices; None when it brought some."""
+        return self._status.last_error
+
     # Clients
 
     @property
@@ -199,18 +204,24 @@ class PriceServer(WebsocketServer):
         self._loop.call(lambda: self._hub.send_to_all(message))
 
     def _disconnect_clients_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        self._loop.call(lambda: self._hub.disconnect(list(self._hub.clients), status, reason))
+        close = _checked_close(status, reason)
+        self._loop.call(lambda: self._hub.disconnect(list(self._hub.clients), *close))
 
     def _disconnect_clients_abruptly(self) -> None:
         self._loop.call(self._hub.drop_all)
 
     def _deny_new_connections(self, status: int, reason: bytes | str) -> None:
-        self._loop.call(lambda: self._hub.deny(status, reason))
+        self._hub.deny_close = _checked_close(status, reason)
 
     def _allow_new_connections(self) -> None:
-        self._loop.call(self._hub.allow)
+        self._hub.deny_close = None
 
     # Start and stop
+
+    @staticmethod
+    def files_needed(max_clients: int) -> int:
+        """Descriptors that a server with so many clients needs."""
+        return max_clients + OWN_FILES + SPARE_VISITORS
 
     @property
     def has_ended(self) -> bool:
@@ -238,7 +249,7 @@ class PriceServer(WebsocketServer):
             restore()
 
     def _shutdown_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        self._shut_down((status, reason))
+        self._shut_down(_checked_close(status, reason))
 
     def _shutdown_abruptly(self) -> None:
         self._shut_down(None)
@@ -251,8 +262,6 @@ class PriceServer(WebsocketServer):
 
     def _shut_down(self, close: tuple[int, str | bytes] | None) -> None:
         """close: what every client gets; None to hang up without."""
-        if close:
-            encode_close(*close)  # raises ValueError for a reason that is too long
         self._hub.stop_close = close
         if self._loop.state is State.BEFORE:
             self._loop.close(self._hub)
@@ -296,7 +305,14 @@ class ClientHandler:
 
     def send_close(self, status: int = 1000, reason: str | bytes = b"") -> None:
         """Disconnect the client after what is pending. Raises ValueError for a reason over 123 bytes of UTF-8."""
-        self._server._loop.call(lambda: self._server._hub.disconnect([self.connection], status, reason))
+        close = _checked_close(status, reason)
+        self._server._loop.call(lambda: self._server._hub.disconnect([self.connection], *close))
+
+
+def _checked_close(status: int, reason: str | bytes) -> tuple[int, str | bytes]:
+    """Raises ValueError for a reason over 123 bytes of UTF-8."""
+    encode_close(status, reason)
+    return status, reason
 
 
 def _stop_on_interrupt(stop: Callable[[], None]) -> Callable[[], Any]:
