@@ -94,7 +94,7 @@ class PriceServer(WebsocketServer):
             log=self._log,
             call_back=self._call_back,
             make_handler=lambda connection: ClientHandler(self, connection),
-            on_housekeeping=lambda: self.service_actions(),
+            on_housekeeping=self._run_housekeeping,
             on_end=self._stop_archive,
         )
         try:
@@ -130,9 +130,9 @@ class PriceServer(WebsocketServer):
             self._status.note_success()
             self._hub.fan_out(updates)
             texts = {asset: json.dumps(update.price) for asset, update in updates.items()}
-            changes = self._history.add(texts, self._wall_clock())
+            poll = self._history.add(texts, self._wall_clock())
             if self._archive:
-                self._archive.write(changes)
+                self._archive.write(poll)
         return list(updates)
 
     def report_failure(self, reason: str, cause: str = "other") -> None:
@@ -269,15 +269,23 @@ class PriceServer(WebsocketServer):
             self._loop.stop()
 
     def _open_archive(self, file: str, source: str, quote: str) -> None:
-        self._archive = Archive(
+        self._archive = archive = Archive(
             file,
             source,
             quote,
             self.assets,
-            loaded=lambda points: self._loop.call_soon(lambda: self._history.load(points)),
-            state_changed=lambda state: self._loop.call_soon(lambda: setattr(self._status, "history_state", state)),
+            loaded=lambda loaded: self._loop.call_soon(lambda: archive.write(self._history.load(loaded))),
+            wall_clock=self._wall_clock,
         )
-        self._archive.start()
+        archive.start()
+
+    def _run_housekeeping(self) -> None:
+        if self._archive:
+            report = self._archive.report
+            self._status.history_state = report.state
+            self._status.history_write_errors = report.write_errors
+            self._status.history_last_write = report.last_write
+        self.service_actions()
 
     def _stop_archive(self) -> None:
         if self._archive:
