@@ -54,50 +54,55 @@ class PageFile(NamedTuple):
     etag: str
 
 
+class Cached(NamedTuple):
+    """One file as it was when it was read."""
+
+    version: tuple[int, ...]  # differs once the file has changed
+    plain: PageFile
+    compressed: PageFile | None  # where that is smaller
+
+    def count_bytes(self) -> int:
+        return len(self.plain.body) + (len(self.compressed.body) if self.compressed else 0)
+
+
 class Pages:
     """The files of one folder, in memory once they have been asked for, and read again when they have changed."""
 
     def __init__(self, folder: Path = PAGE):
         self.folder = folder
-        self._cache: dict[str, tuple[tuple[int, ...], PageFile, PageFile | None]] = {}
-        self._cached_bytes = 0
+        self._cache: dict[str, Cached] = {}
 
     def find(self, path: str, accept_encoding: str = "") -> PageFile | None:
         """The file for the decoded path of a URL, or None where there is none that can be served."""
         try:
             file = self._locate(path)
-            return self._load(file, wants_gzip=accepts_gzip(accept_encoding)) if file else None
+            cached = self._load(file) if file else None
         except (OSError, ValueError):  # ValueError: a character that no file name can have
             return None
+        if cached and cached.compressed and accepts_gzip(accept_encoding):
+            return cached.compressed
+        return cached.plain if cached else None
 
     def _locate(self, path: str) -> str | None:
-        """The real path of a file inside the folder, links followed. Raises OSError when there is none."""
+        """The file inside the folder, links followed. Raises OSError or ValueError when there is none."""
         names = ["index.html"] if path == "/" else path.split("/")[1:]
         if not path.startswith("/") or not all(map(_is_plain_name, names)):
             return None
         folder = os.path.realpath(self.folder, strict=True)
         file = os.path.realpath(os.path.join(folder, *names), strict=True)
-        inside = os.path.relpath(file, folder).split(os.sep)  # of a link to the outside it begins with ".."
-        return file if all(map(_is_plain_name, inside)) else None
+        return file if Path(file).is_relative_to(folder) else None
 
-    def _load(self, file: str, wants_gzip: bool) -> PageFile | None:
+    def _load(self, file: str) -> Cached | None:
         facts = os.stat(file)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE:
             return None
         version = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         cached = self._cache.get(file)
-        if cached is None or cached[0] != version:
-            cached = (version, *_read(file))
-            self._keep(file, cached)
-        _, plain, compressed = cached
-        return compressed if wants_gzip and compressed else plain
-
-    def _keep(self, file: str, entry: tuple[tuple[int, ...], PageFile, PageFile | None]) -> None:
-        """Cache a file; a cache that is full starts again from nothing."""
-        self._cache.pop(file, None)
-        self._cache[file] = entry
-        if sum(map(_size, self._cache.values())) > MAX_CACHE:
-            self._cache = {file: entry}
+        if cached is None or cached.version != version:
+            cached = self._cache[file] = Cached(version, *_read(file))
+            if sum([each.count_bytes() for each in self._cache.values()]) > MAX_CACHE:
+                self._cache = {file: cached}
+        return cached
 
 
 def accepts_gzip(accept_encoding: str) -> bool:
@@ -124,7 +129,7 @@ def _read(file: str) -> tuple[PageFile, PageFile | None]:
     plain = PageFile(content_type, body, "", f'W/"{digest}"')
     if len(body) > MAX_COMPRESSED or not COMPRESSED_TYPES.fullmatch(content_type):
         return plain, None
-    compressed = gzip.compress(body, 6, mtime=0)
-    return plain, PageFile(content_type, compressed, "gzip", f'W/"{digest}-gzip"') if len(compressed) < len(
-        body
-    ) else None
+    smaller = gzip.compress(body, 6, mtime=0)
+    if len(smaller) >= len(body):
+        return plain, None
+    return plain, PageFile(content_type, smaller, "gzip", f'W/"{digest}-gzip"')
