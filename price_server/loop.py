@@ -207,8 +207,11 @@ class Loop:
             self._note_batch()
         self._begin_requested_stop(handler)
         now = self.clock()
+        due = []
         while self._timers and self._timers[0][0] <= now:
-            _log_errors(heapq.heappop(self._timers)[2])
+            due.append(heapq.heappop(self._timers)[2])
+        for function in due:
+            _log_errors(function)
         self._note_batch()
 
     def _begin_requested_stop(self, handler: Handler) -> None:
