@@ -12,7 +12,7 @@ import pytest
 from coin_api import PriceUpdate
 from price_server.prices import Prices
 from price_server.status import Status
-from price_server.web_new import NewClient, Response, Site
+from price_server.web import NewClient, Response, Site
 
 RANGES = ("1h", "24h", "7d", "30d", "1y")
 ALL = ("BTC", "ETH", "SOL")

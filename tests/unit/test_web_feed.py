@@ -8,7 +8,7 @@ from raw import HEADERS
 from raw import request as upgrade
 from sites import ALL, client, get, poll, read, send
 
-from price_server.web_new import HttpError, NewClient, Response, Site
+from price_server.web import HttpError, NewClient, Response, Site
 
 # The upgrade
 
