@@ -18,4 +18,6 @@ database. Both are daemons, so that a program which forgets to stop them still e
 
 from .server import PriceServer
 
-__all__ = ["PriceServer"]
+__all__ = ["PriceServer", "__version__"]
+
+__version__ = "2.0.0"

@@ -89,6 +89,15 @@ class Figures:
         self.last_success, self.last_success_time, self.last_error = self.clock(), self.wall_clock(), None
         self.polls['{result="success"}'] += 1
 
+    def note_poll(self, seconds: float, credits_used: int | None, credits_left: int | None) -> None:
+        """Note how long a poll took, and what is known of the credits. Any thread."""
+        self.poll_seconds, self.credits_used, self.credits_left = seconds, credits_used, credits_left
+        self.paused = False
+
+    def pause(self) -> None:
+        """Polls are left out until the next `note_poll`. Any thread."""
+        self.paused = True
+
     # What they tell
 
     def encode(self, updates: Iterable[Update]) -> tuple[dict[str, Update], dict[str, bytes]]:

@@ -20,12 +20,14 @@ from .frames import Opcode, encode_frame
 from .history import History
 from .interface import Interface
 from .loop import AT_ONCE
+from .prices import split_sound
 from .web import Question, Upgrade, answer_history
 
 ACCEPT_AT_ONCE = 32  # connections
 SELECT_ROOM = 512  # sockets that Windows' select takes
 SHARED_SIZE = 4 << 10  # bytes from which on a piece that several connections keep is counted once
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NOTICE = 25  # the level between INFO and WARNING
 PING = encode_frame(Opcode.PING, b"")
 
 try:
@@ -93,6 +95,8 @@ class PriceServer(Interface, Figures):
         self._listening = False
         self._next_ping = self.clock() + self.ping_interval
         self._stale = False
+        self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
+        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second
         self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
         try:
             self.history.start()
@@ -111,18 +115,42 @@ class PriceServer(Interface, Figures):
             self.max_clients = int(most)
         return room - self.own_files
 
+    @classmethod
+    def files_needed(cls, max_clients: int) -> int:
+        """How many files this process opens with so many clients."""
+        return max_clients + cls.own_files + cls.spare_visitors
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state == "ended"
+
     # Prices
 
-    def publish(self, updates: Iterable[Update]) -> None:
-        """Send the result of a successful poll to every client, and return then; no client can block it. Any thread.
+    def publish(self, updates: Iterable[Update]) -> list[str]:
+        """Send a poll's sound prices to every client; the ids of the assets sent. Any thread.
 
-        Raises ValueError, and sends nothing, for an asset that is not tracked; TimeoutError when a callback blocks.
+        Returns when all is sent; no client can block it. A price that is not sound is dropped, and named in the log.
+        Raises TimeoutError when a callback blocks.
         """
-        new, frames = self.encode(updates)
-        prices = {asset: json.dumps(update.price) for asset, update in new.items()}
-        self.call(lambda: self._publish(new, frames, prices), urgent=True)
+        new, faults = split_sound(updates, self.assets)
+        self._note_faults(faults, new)
+        if new:
+            _, frames = self.encode(new.values())
+            prices = {asset: json.dumps(update.price) for asset, update in new.items()}
+            self.call(lambda: self._publish(new, frames, prices), urgent=True)
+        return list(new)
 
-    def report_failure(self, reason: str) -> None:
+    def _note_faults(self, faults: dict[str, str], sound: dict[str, Update]) -> None:
+        new = {asset: fault for asset, fault in faults.items() if asset not in self._unsound}
+        back = [asset for asset in sound if asset in self._unsound]
+        self._unsound = self._unsound.union(new).difference(back)
+        if new:
+            named = ", ".join(f"{asset}: {fault}" for asset, fault in new.items())
+            logger.warning("no sound price for %s; clients keep the last one", named[:1000])
+        if back:
+            logger.log(NOTICE, "a sound price again for %s", ", ".join(back))
+
+    def report_failure(self, reason: str, cause: str = "other") -> None:
         """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
         self.last_error = reason
         self.hand_over(self._count_failure)
@@ -357,7 +385,7 @@ class PriceServer(Interface, Figures):
         if stale and not self._stale:
             logger.warning("prices are stale: no successful poll for %.0f s", self.age() or 0)
         self._stale = stale
-        self.service_actions()
+        self.on_housekeeping()
 
     def _be_late(self, connection: Connection) -> None:
         if connection.state is WAITING:

@@ -388,12 +388,26 @@ def test_a_client_gets_only_the_assets_it_asked_for(server: PriceServer, updates
         assert prices(client, 4) == [("ETH", 1.0), ("SOL", 1.0), ("ETH", 3.0), ("SOL", 3.0)]
 
 
-def test_an_untracked_asset_is_not_published_and_nothing_else_of_its_poll(server: PriceServer) -> None:
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (PriceUpdate("DOGE", 1.0, ""), "DOGE: not tracked"),
+        (PriceUpdate("XRP", float("nan"), ""), "XRP: price nan"),
+        (PriceUpdate("XRP", None, ""), "XRP: price 'None' is not a number"),  # type: ignore[arg-type]
+        (None, "(NoneType): AttributeError"),
+    ],
+)
+def test_what_is_not_a_sound_price_is_not_published_and_named_once_and_the_others_are(
+    server: PriceServer, caplog: pytest.LogCaptureFixture, bad: Any, said: str
+) -> None:
+    good = PriceUpdate("BTC", 1.0, "")
     with honest(server) as client:
-        with pytest.raises(ValueError, match="unknown asset 'DOGE': this server tracks BTC, ETH"):
-            server.publish([PriceUpdate("BTC", 1.0, ""), PriceUpdate("DOGE", 1.0, "")])
-        server.publish([PriceUpdate("ETH", 2.0, "")])
-        assert prices(client, 1) == [("ETH", 2.0)]
+        assert server.publish([bad, good]) == server.publish([good, bad]) == ["BTC"]
+        assert server.publish([bad]) == []
+        assert server.publish([PriceUpdate("ETH", 2.0, "")]) == ["ETH"]
+        assert prices(client, 3) == [("BTC", 1.0), ("BTC", 1.0), ("ETH", 2.0)]
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said in warning
 
 
 def test_a_client_that_comes_during_publishes_misses_nothing(server: PriceServer, updates: Updates) -> None:
@@ -495,6 +509,7 @@ def test_an_upgrade_that_a_full_socket_did_not_take_is_followed_by_the_current_p
             narrowed.room = room
             sock.sendall(b"\r\n")
             wait_for(lambda: server.clients)
+            server.call(lambda: None)  # its first step is done
             server.publish(later)
             widen(server, narrowed)
             head = read_head(file)

@@ -755,7 +755,7 @@ def test_no_callback_runs_inside_housekeeping(timed: PriceServer) -> None:
         client.send(frame(TEXT, b"x", fin=False) + frame(PING))
         assert client.read() == (PONG, b"")
         pass_time(timed, 1.0)
-        timed.service_actions = lambda: order.append(f"clients: {len(timed.clients)}")  # type: ignore[method-assign]
+        timed.on_housekeeping = lambda: order.append(f"clients: {len(timed.clients)}")
         timed.clock.now += 31.0  # type: ignore[attr-defined]
         timed.call(lambda: None)
         wait_for(lambda: len(order) == 2)
@@ -937,7 +937,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_the_house_is_kept_twice_a_second_and_by_the_clock(timed: PriceServer) -> None:
     pass_time(timed, 1.0)  # the first one is behind us
     kept: list[float] = []
-    timed.service_actions = lambda: kept.append(timed.clock())  # type: ignore[method-assign]
+    timed.on_housekeeping = lambda: kept.append(timed.clock())
     for _ in range(20):
         timed.clock.now += 0.125  # type: ignore[attr-defined]
         for _ in range(3):
@@ -956,7 +956,7 @@ def test_housekeeping_that_raises_is_one_line_and_goes_on(
         raise RuntimeError
 
     pass_time(timed, 1.0)
-    timed.service_actions = keep  # type: ignore[method-assign]
+    timed.on_housekeeping = keep
     with RawClient(timed.port) as client:
         for number in range(1, 5):
             timed.clock.now += 0.5  # type: ignore[attr-defined]

@@ -250,7 +250,7 @@ def pass_time(server: PriceServer, seconds: float) -> None:
             done.set()
 
     server.call(lambda: None)  # a step that is under way still sets its deadline by the old time
-    server.service_actions = note  # type: ignore[method-assign]
+    server.on_housekeeping = note
     clock.now += seconds
     server.call(lambda: None)
     assert done.wait(10), "no housekeeping"
