@@ -68,7 +68,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(
 
 @pytest.mark.parametrize("key", ["", "  "])
 def test_no_key_says_what_to_set(run_main: Callable[..., Done], key: str) -> None:
-    done = run_main(COIN_API_KEY=key)
+    done = run_main("--once", COIN_API_KEY=key)
     assert done.status == 2
     assert done.log == [
         "ERROR COIN_API_KEY is not set: set it to your key from CoinAPI, or try --demo, which needs none"
@@ -76,7 +76,7 @@ def test_no_key_says_what_to_set(run_main: Callable[..., Done], key: str) -> Non
 
 
 def test_http_to_another_machine_is_wrong_use(run_main: Callable[..., Done]) -> None:
-    done = run_main(COIN_API_KEY=KEY, COIN_API_URL="http://example.org")
+    done = run_main("--once", COIN_API_KEY=KEY, COIN_API_URL="http://example.org")
     assert done.status == 2
     (line,) = done.log
     assert "'http://example.org'" in line
@@ -85,7 +85,7 @@ def test_http_to_another_machine_is_wrong_use(run_main: Callable[..., Done]) -> 
 
 
 def test_a_key_that_no_header_can_carry_is_wrong_use(run_main: Callable[..., Done]) -> None:
-    done = run_main(COIN_API_KEY="my secret")
+    done = run_main("--once", COIN_API_KEY="my secret")
     assert done.status == 2
     assert "secret" not in done.log[0]
 
@@ -122,7 +122,7 @@ def test_version_prints_the_version_and_nothing_else(run_main: Callable[..., Don
 
 @pytest.mark.parametrize("key", [f'"{KEY}"', f"'{KEY}'", f' "{KEY}" ', f'{KEY}"', '""'])
 def test_quotes_around_the_key_are_named(run_main: Callable[..., Done], key: str) -> None:
-    done = run_main(COIN_API_KEY=key)
+    done = run_main("--once", COIN_API_KEY=key)
     assert done.status == 2
     (line,) = done.log
     assert line.startswith("ERROR COIN_API_KEY has quotes around it")

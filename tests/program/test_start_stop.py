@@ -37,7 +37,7 @@ class FakePriceServer:
         self.options = options | {"host": host, "port": port}
         self.last_error: str | None = None
         self.is_over = False
-        self.deadline = time.monotonic() + 20  # a fault fails the test, and does not hang it
+        self.deadline = time.monotonic() + 10  # a fault fails the test, and does not hang it
         self.calls: list[object] = []
         self.on_housekeeping: Callable[[], None] | None = None
         self.made.append(self)
@@ -204,7 +204,7 @@ def test_a_pausing_poller_is_woken_when_the_new_client_counts_and_not_before(ser
     counts: list[tuple[int, int]] = []
     server.client_came.set = lambda: counts.append((server.client_count, len(server.clients)))  # type: ignore[method-assign]
     with connect(f"ws://127.0.0.1:{server.port}/ws"), connect(f"ws://127.0.0.1:{server.port}/ws"):
-        wait_for(lambda: len(counts) == 2)
+        wait_for(lambda: len(counts) >= 2)
     assert counts == [(1, 1), (2, 2)]
 
 

@@ -236,6 +236,22 @@ def test_a_failed_poll_that_took_long_is_not_followed_by_a_storm() -> None:
     assert server.noted[0][0] == 13
 
 
+def test_the_new_fixed_times_start_at_the_retry_and_not_when_it_was_due() -> None:
+    time = FakeTime(27)
+    source = FakeSource(time, [])
+
+    def fetch(asset_ids: object) -> list[PriceUpdate]:
+        source.polls.append(time.now - 1000)
+        if time.now > 1000:
+            return GOOD
+        time.now += 12
+        raise CoinApiError("timed out")
+
+    source.fetch_prices = fetch  # type: ignore[method-assign]
+    poller_of(time, source, FakeServer()).run()
+    assert source.polls == [0, 12, 17, 22, 27]
+
+
 @pytest.mark.parametrize(
     ("asked", "interval", "waited"),
     [
