@@ -15,7 +15,7 @@ from typing import Any
 
 from websocket_server import WebsocketServer
 
-from . import __version__, clocks
+from . import clocks
 from .archive import Archive
 from .commands import apply_command, encode_error, is_command
 from .connection import Connection
@@ -26,8 +26,10 @@ from .loop import Loop, RateLimitedLog, State
 from .prices import Prices, Update, split_sound
 from .status import Status
 from .transport import configure_listener
+from .version import __version__
 from .web import Site
 
+NOTICE = 25  # the level between INFO and WARNING
 Client = dict[str, Any]  # {"id": 1, "handler": ClientHandler, "address": (host, port)}
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,9 @@ class PriceServer(WebsocketServer):
     ):
         self.assets = tuple(assets)
         self.client_came = threading.Event()  # set with each new client, for a poller that pauses
+        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second in the server thread
         self._wall_clock = wall_clock
-        self._unsound: dict[str, str] = {}  # assets whose price was dropped, and why: named in the log
+        self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
         self._prices = Prices(self.assets)
         self._history = History(self.assets, wall_clock)
         self._status = Status(
@@ -121,10 +124,7 @@ class PriceServer(WebsocketServer):
         return sent
 
     def _publish(self, updates: dict[str, Update], faults: dict[str, str]) -> list[str]:
-        new_faults = [f"{asset} ({fault})" for asset, fault in faults.items() if asset not in self._unsound]
-        if new_faults:
-            logger.warning("prices that are not sound are left out: %s", ", ".join(new_faults))
-        self._unsound = {asset: fault for asset, fault in (self._unsound | faults).items() if asset not in updates}
+        self._note_faults(updates, faults)
         if updates:
             self._prices.remember(updates)
             self._status.note_success()
@@ -134,6 +134,15 @@ class PriceServer(WebsocketServer):
             if self._archive:
                 self._archive.write(poll)
         return list(updates)
+
+    def _note_faults(self, sound: dict[str, Update], faults: dict[str, str]) -> None:
+        new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._unsound]
+        back = [asset for asset in sound if asset in self._unsound]
+        self._unsound = self._unsound.union(faults).difference(back)
+        if new:
+            logger.warning("no sound price for %s; clients keep the last one", ", ".join(new)[:1000])
+        if back:
+            logger.log(NOTICE, "a sound price again for %s", ", ".join(back))
 
     def report_failure(self, reason: str, cause: str = "other") -> None:
         """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
@@ -285,7 +294,7 @@ class PriceServer(WebsocketServer):
             self._status.history_state = report.state
             self._status.history_write_errors = report.write_errors
             self._status.history_last_write = report.last_write
-        self.service_actions()
+        self.on_housekeeping()
 
     def _stop_archive(self) -> None:
         if self._archive:
