@@ -1,8 +1,8 @@
 """One accepted socket: what came and is not whole yet, what must go out and did not fit.
 
 A connection is a visitor until the head of its request is whole. Then it is a client, which speaks
-WebSocket, or it gets one answer, at once or when history has it. Only the server thread calls what
-is here, but for `send_message` and `send_close`, which hand themselves over to it. Its methods raise
+WebSocket, or it gets one answer. Only the server thread calls what is
+here, but for `send_message` and `send_close`, which hand themselves over to it. Its methods raise
 OSError when the socket is gone: whoever runs a connection's step ends the connection then.
 """
 
@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .frames import MessageReader, Opcode, ProtocolError, answer_to_close, encode_close, encode_frame, encode_message
-from .web import MAX_REQUEST, Answer, Question, Refusal, Upgrade, find_end, refuse, respond
+from .web import MAX_REQUEST, Answer, Refusal, Upgrade, find_end, refuse, respond
 
 if TYPE_CHECKING:
     from .server import PriceServer  # whom a connection belongs to: known by name only
@@ -25,7 +25,7 @@ SEND_SIZE = 32 << 10  # bytes that small pieces are joined to for one send, abou
 FIN_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # on Linux: the last bytes and the end behind them go in one packet
 OWED_AT_ONCE = 256  # assets whose prices are joined for one send
 # A connection's state. Closing: its last bytes go out; lingering: they are out, and the other side has yet to hang up.
-VISITOR, WAITING, CLIENT, CLOSING, LINGERING, ENDED = "visitor", "waiting", "client", "closing", "lingering", "ended"
+VISITOR, CLIENT, CLOSING, LINGERING, ENDED = "visitor", "client", "closing", "lingering", "ended"
 
 logger = logging.getLogger(__name__)
 
@@ -237,16 +237,11 @@ class Connection:
         elif end >= 0:
             head, behind = bytes(self.inbox[:end]), bytes(self.inbox[end:])
             self._forget_inbound()
-            self._act(respond(head, self.server, self.server.history.ranges), behind)
+            self._act(respond(head, self.server, self.server.history), behind)
 
-    def _act(self, response: Answer | Upgrade | Question, behind: bytes) -> None:
+    def _act(self, response: Answer | Upgrade, behind: bytes) -> None:
         if isinstance(response, Answer):
             self.answer(response)
-        elif isinstance(response, Question):
-            self.state = WAITING
-            self.deadline = self.server.clock() + self.server.history_timeout
-            self.server.watch(self, 0)
-            self.server.ask_history(self, response)
         else:
             self.server.admit(self, response)
             if behind and self.state is CLIENT:

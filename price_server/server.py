@@ -8,19 +8,21 @@ import json
 import logging
 import math
 import selectors
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection
+from .archive import Archive
+from .connection import CLIENT, ENDED, VISITOR, Connection
 from .figures import MAX_SUBSETS, Figures, Update
 from .frames import Opcode, encode_frame
-from .history import History
+from .history import History, Loaded
 from .interface import Interface
 from .loop import AT_ONCE
-from .web import Question, Upgrade, answer_history
+from .web import Upgrade
 
 ACCEPT_AT_ONCE = 32  # connections
 SELECT_ROOM = 512  # sockets that Windows' select takes
@@ -62,7 +64,6 @@ class PriceServer(Interface, Figures):
     own_files = 20  # descriptors that are no connection: logs, listener, selector, history, CoinAPI
     spare_visitors = 30  # that find room when the server is full of clients
     request_timeout = 10.0  # seconds for a whole request, dribbled or not
-    history_timeout = 10.0  # seconds until a question to history must have its answer
     take_timeout = 30.0  # seconds for the visitor to take an HTTP answer,
     take_rate = 8 << 10  # and one more for each so many bytes of it
     linger_timeout = 2.0  # seconds from an HTTP answer until the visitor hangs up
@@ -87,20 +88,43 @@ class PriceServer(Interface, Figures):
         Interface.__init__(self, self.clock)
         self.held = 0  # bytes that all connections together have waiting
         self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
-        self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one (None)
+        self._answered: dict[Connection, None] = {}  # that take an answer
         self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
         self._room = self._fit_clients()
         self._listening = False
         self._next_ping = self.clock() + self.ping_interval
         self._stale = False
-        self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
+        self.archive: Archive | None = None
         try:
-            self.history.start()
+            self.history = History(self.assets, self.wall_clock)
+            if history_file:
+                self._start_archive(history_file)
             self.bind(host, port)
         except BaseException:
-            self.history.stop()
+            self._stop_archive()
             self.close_wakers()
             raise
+
+    def _start_archive(self, file: str) -> None:
+        starter = threading.get_ident()
+
+        def load(loaded: Loaded) -> None:
+            if threading.get_ident() == starter and self.state == "before":
+                self._load_past(loaded)
+            else:  # not `hand_over`: before the start that would run it here, while the start may be under way
+                self._calls.append((partial(self._load_past, loaded), Future()))
+                self._wake()
+
+        self.archive = Archive(file, self.source, self.quote, self.assets, loaded=load, wall_clock=self.wall_clock)
+        self.archive.start()
+
+    def _load_past(self, loaded: Loaded) -> None:
+        if self.archive is not None:
+            self.archive.write(self.history.load(loaded))
+
+    def _stop_archive(self) -> None:
+        if self.archive is not None:
+            self.archive.stop()
 
     def _fit_clients(self) -> float:
         """Lower `max_clients` to what there is room for; the room for all connections."""
@@ -139,7 +163,9 @@ class PriceServer(Interface, Figures):
             self.remember(new, frames)
             sent = self._send_to_all(frames)
             self.messages_sent += sent  # read only now: calls between two clients add to it too
-            self.history.add(prices, self.last_success_time)
+            poll = self.history.add(prices, self.last_success_time)
+            if self.archive is not None:
+                self.archive.write(poll)
         finally:
             self._in_urgent = False
 
@@ -263,23 +289,6 @@ class PriceServer(Interface, Figures):
         if reason == "full":
             self.warn("full", f"full, clients connected: {self.client_count}; the next ones get 503")
 
-    def ask_history(self, connection: Connection, question: Question) -> None:
-        """A visitor asks for the past."""
-        del self._visitors[connection]
-        self._answered[connection] = question
-
-        def answer(pieces: list[bytes] | None) -> None:  # in the history thread
-            self.hand_over(lambda: self.step(connection, partial(self._answer_question, connection, pieces)))
-
-        if not self.history.ask(question.range_name, question.assets, answer, lambda: connection.state is WAITING):
-            self._answer_question(connection, None)
-
-    def _answer_question(self, connection: Connection, pieces: list[bytes] | None) -> None:
-        question = self._answered.get(connection)
-        if question is not None and connection.state is WAITING:
-            self._answered[connection] = None  # who takes it slowly does not hold the head of the request
-            connection.answer(answer_history(question, self, pieces))
-
     def hear(self, connection: Connection, message: str | bytes) -> None:
         """A client said something: the callback hears it before the rest is read."""
         self.call_back("message_received", self._clients[connection], message)
@@ -360,9 +369,7 @@ class PriceServer(Interface, Figures):
         self.service_actions()
 
     def _be_late(self, connection: Connection) -> None:
-        if connection.state is WAITING:
-            self._answer_question(connection, None)
-        elif connection.state is CLIENT:
+        if connection.state is CLIENT:
             self.drop(connection, "behind" if connection.deadline else "unfinished")
         else:
             self.drop(connection, "no_close")
@@ -390,7 +397,7 @@ class PriceServer(Interface, Figures):
         self._stop_listening()
         self.socket.close()
         for connection in self._everyone():
-            if self._stop_frame is None or connection.state in (VISITOR, WAITING):
+            if self._stop_frame is None or connection.state is VISITOR:
                 self.leave(connection)
             else:
                 self.step(connection, partial(connection.close, self._stop_frame))
@@ -401,7 +408,7 @@ class PriceServer(Interface, Figures):
     def end(self) -> None:
         for connection in self._everyone():
             self.leave(connection)
-        self.history.stop()
+        self._stop_archive()
         self.socket.close()
         self.close_wakers()
 

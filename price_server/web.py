@@ -1,7 +1,6 @@
 """The head of one HTTP request to what is sent back: an answer, or an upgrade and the assets it follows.
 
-Reads the server's figures; no socket, no connection, no thread. What is asked of history is a
-`Question`: the connection has it answered, and `answer_history` makes the HTTP of that.
+Reads the server's figures and its history; no socket, no connection, no thread.
 """
 
 import base64
@@ -14,10 +13,11 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from .figures import Figures
+from .history import History
 
 MAX_REQUEST = 32 << 10  # bytes of request line and headers
 MAX_HEADERS = 100
@@ -44,14 +44,6 @@ class Upgrade(NamedTuple):
     head: bytes
     assets: tuple[str, ...]
     forwarded_for: str
-
-
-class Question(NamedTuple):
-    """A request that only history can answer."""
-
-    request: "Request"
-    range_name: str
-    assets: tuple[str, ...]
 
 
 class Refusal(Exception):
@@ -135,12 +127,12 @@ def find_end(buffer: bytearray, searched: int) -> int:
     return min(ends, default=-1)
 
 
-def respond(head: bytes, figures: Figures, ranges: Sequence[Any]) -> Answer | Upgrade | Question:
-    """What is to be done about a request whose head is whole. `ranges`: what history keeps, as /healthz tells it."""
+def respond(head: bytes, figures: Figures, history: History) -> Answer | Upgrade:
+    """What is to be done about a request whose head is whole."""
     request = Request(head)
     try:
         request.parse()
-        return _respond(request, figures, ranges)
+        return _respond(request, figures, history)
     except Refusal as refusal:
         return refuse(refusal, figures, request)
 
@@ -152,22 +144,14 @@ def refuse(refusal: Refusal, figures: Figures, request: Request | None = None) -
     return answer._replace(refused=refusal.refused)
 
 
-def answer_history(question: Question, figures: Figures, pieces: list[bytes] | None) -> Answer:
-    """The HTTP of what history said; `pieces` is None when it could not be asked, or did not answer."""
-    if pieces is None:
-        refusal = Refusal(503, "history does not answer for now", Retry_After="10")
-        return refuse(refusal, figures, question.request)
-    return _answer(question.request, figures, *pieces)
-
-
-def _respond(request: Request, figures: Figures, ranges: Sequence[Any]) -> Answer | Upgrade | Question:
+def _respond(request: Request, figures: Figures, history: History) -> Answer | Upgrade:
     match request.path.split("/")[1:]:
         case ["ws"]:
             return _upgrade(request, figures)
         case [""]:
             return _dashboard(request, figures)
         case ["history"]:
-            return _question(request, figures, ranges)
+            return _past(request, figures, history)
         case ["prices"]:
             updates = ",".join([update.to_json() for update in figures.updates.values()])
             return _answer(request, figures, f"[{updates}]".encode())
@@ -175,7 +159,7 @@ def _respond(request: Request, figures: Figures, ranges: Sequence[Any]) -> Answe
             return _answer(request, figures, _price(asset_id.upper(), figures))
         case ["healthz"]:
             status = 200 if figures.status() in ("ok", "paused") else 503
-            return _answer(request, figures, json.dumps(figures.health(ranges)).encode(), status=status)
+            return _answer(request, figures, json.dumps(figures.health(history.describe())).encode(), status=status)
         case ["metrics"]:
             text = figures.metrics().encode()
             return _answer(request, figures, text, content_type="text/plain; version=0.0.4; charset=utf-8")
@@ -218,12 +202,11 @@ def _checked_key(request: Request) -> str:
     raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64", "handshake")
 
 
-def _question(request: Request, figures: Figures, ranges: Sequence[Any]) -> Question:
-    names = [each["name"] for each in ranges]
-    range_name = (request.fields("range") or names[:1])[-1]
-    if range_name not in names:
-        raise Refusal(400, f"unknown range {range_name[:40]!r}: there are {', '.join(names)}")
-    return Question(request, range_name, _wanted(request, figures))
+def _past(request: Request, figures: Figures, history: History) -> Answer:
+    range_name = (request.fields("range") or history.names[:1])[-1]
+    if range_name not in history.names:
+        raise Refusal(400, f"unknown range {range_name[:40]!r}: there are {', '.join(history.names)}")
+    return _answer(request, figures, *history.answer(range_name, _wanted(request, figures)))
 
 
 def _wanted(request: Request, figures: Figures, refused: str = "") -> tuple[str, ...]:

@@ -25,7 +25,6 @@ from raw import (
     PING,
     PONG,
     TEXT,
-    Blocked,
     Clock,
     Narrow,
     RawClient,
@@ -649,25 +648,13 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(serve
 # Deadlines
 
 
-class Past:
-    """Stands in for history: it keeps what was asked, and answers when the test does."""
-
-    def __init__(self, server: PriceServer, takes: bool = True):
-        self.takes = takes
-        self.asked: list[tuple[str, tuple[str, ...]]] = []
-        self.answer: Callable[[list[bytes] | None], None]
-        self.wanted: Callable[[], bool]
-        server.history.ask = self.ask  # type: ignore[method-assign, assignment]
-
-    def ask(self, name: str, assets: tuple[str, ...], answer: Any, wanted: Any) -> bool:
-        self.answer, self.wanted = answer, wanted
-        self.asked.append((name, assets))
-        return self.takes
+def answer_history(server: PriceServer, *pieces: bytes) -> None:
+    """Have /history answered with these pieces."""
+    server.history.answer = lambda *_: list(pieces)  # type: ignore[method-assign]
 
 
 def test_the_limits_are_those_of_the_design() -> None:
     assert PriceServer.request_timeout == 10.0
-    assert PriceServer.history_timeout == 10.0
     assert PriceServer.take_timeout == 30.0
     assert PriceServer.take_rate == 8_192
     assert PriceServer.linger_timeout == 2.0
@@ -698,10 +685,8 @@ def an_answer_behind_which_nobody_hangs_up(server: PriceServer) -> Callable[[], 
 
 
 def an_answer_of_4_mebibytes_that_nobody_takes(server: PriceServer) -> Callable[[], object]:
-    past = Past(server)
+    answer_history(server, b"x" * (4 << 20))
     sock = visit(server.port, get("/history"), receive_buffer=4096)
-    wait_for(lambda: past.asked)
-    past.answer([b"x" * (4 << 20)])
     wait_for(lambda: server.held, what="an answer that waits")
     return lambda: sock.recv(1_000)
 
@@ -869,12 +854,9 @@ def test_a_machine_that_slept_for_a_day_finds_its_clients_again(timed: PriceServ
 def test_an_answer_of_any_size_is_whole_at_a_slow_reader(server: PriceServer) -> None:
     body = [random.Random(1).randbytes(size) for size in (10, 300_000, 4_096, 0, 5, 5, 40_000, 1)]
 
-    past = Past(server)
+    answer_history(server, *body)
     for data in (get("/history"), get("/history") + b"what comes behind is thrown away" * 300):
-        past.asked.clear()
         with visit(server.port, data, receive_buffer=4096) as sock:
-            wait_for(lambda: past.asked)
-            past.answer(body)
             head, _, came = read_all(sock).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200 OK\r\n")
             assert came == b"".join(body)
@@ -884,13 +866,13 @@ def test_an_answer_of_any_size_is_whole_at_a_slow_reader(server: PriceServer) ->
 
 def test_a_large_piece_of_an_answer_is_never_copied_to_be_joined_with_others(server: PriceServer) -> None:
     sizes: list[int] = []
-    past = Past(server)
-    with visit(server.port, get("/history")) as sock:
-        wait_for(lambda: past.asked)
-        connection = server.call(lambda: next(iter(server._answered)))
+    answer_history(server, b"a" * 10_000, b"b" * 10_000, b"c" * 100_000, b"d" * 10_000, b"e" * 100_000)
+    with visit(server.port, get("/history")[:-2]) as sock:
+        wait_for_value(lambda: connections(server), 1)
+        connection = server.call(lambda: next(iter(server._visitors)))
         counted = connection.socket = Narrow(connection.socket)
         counted.send = lambda data, flags=0: sizes.append(len(data)) or counted.socket.send(data, flags)  # type: ignore
-        past.answer([b"a" * 10_000, b"b" * 10_000, b"c" * 100_000, b"d" * 10_000, b"e" * 100_000])
+        sock.sendall(b"\r\n")
         assert len(read_all(sock).partition(b"\r\n\r\n")[2]) == 230_000
     assert 20_000 < sizes[0] < 21_000, "small ones are joined"
     assert max(sizes) == 100_000
@@ -918,56 +900,6 @@ def test_a_client_that_hangs_up_without_a_close_is_gone_at_once(timed: PriceServ
     gone(timed)
 
 
-# A question to history
-
-
-def test_a_question_to_history_is_answered_when_history_has_it(timed: PriceServer) -> None:
-    past = Past(timed)
-    with visit(timed.port, get("/history?range=7d&assets=eth")[:-2]) as sock:
-        wait_for_value(lambda: connections(timed), 1)
-        sock.sendall(b"\r\nmore")
-        sock.shutdown(socket.SHUT_WR)  # as a visitor may that has said all
-        wait_for(lambda: past.asked)
-        assert past.asked == [("7d", ("ETH",))]
-        timed.call(lambda: None)
-        assert past.wanted()
-        with Blocked(timed):
-            past.answer([b'{"ETH":', b"[]}"])
-            assert past.wanted(), "another thread has touched the connection"
-        assert read_all(sock).endswith(b'\r\n\r\n{"ETH":[]}')
-        assert not past.wanted()
-        past.answer([b"twice"])
-    wait_for(lambda: connections(timed) == 0)
-
-
-def test_a_question_that_history_does_not_answer_within_10_s_is_503(timed: PriceServer) -> None:
-    past = Past(timed)
-    with visit(timed.port, get("/history")[:-2]) as sock:
-        wait_for_value(lambda: connections(timed), 1)
-        pass_time(timed, 5.0)
-        sock.sendall(b"\r\n")
-        wait_for(lambda: past.asked)
-        pass_time(timed, 9.5)
-        assert past.wanted()
-        pass_time(timed, 1.0)
-        answer = read_all(sock)
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"\r\nRetry-After: 10\r\n" in answer
-        assert not past.wanted(), "it is not asked any more"
-        past.answer([b"late"])
-    wait_for(lambda: connections(timed) == 0)
-
-
-@pytest.mark.parametrize("refuses", [True, False])
-def test_a_question_that_history_does_not_take_or_fails_at_is_503(timed: PriceServer, refuses: bool) -> None:
-    past = Past(timed, takes=not refuses)
-    with visit(timed.port, get("/history")) as sock:
-        if not refuses:
-            wait_for(lambda: past.asked)
-            past.answer(None)
-        assert read_all(sock).startswith(b"HTTP/1.1 503 ")
-
-
 # The memory bound
 
 
@@ -982,7 +914,7 @@ def filled(start_server: Start, assets: tuple[str, ...], hours: float = 1.0) -> 
 
 
 def ask_and_never_read(server: PriceServer, paths: list[str]) -> list[socket.socket]:
-    """Visitors whose answers wait in the server; they come one by one, as over 100 questions at once are refused."""
+    """Visitors whose answers wait in the server; they come one by one."""
     visitors = []
     for number, path in enumerate(paths, 1):
         visitors.append(visit(server.port, get(path), receive_buffer=4096))

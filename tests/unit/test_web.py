@@ -1,4 +1,4 @@
-"""web and figures: the head of a request to an answer, an upgrade or a question; what the server says of itself.
+"""web and figures: the head of a request to an answer or an upgrade; what the server says of itself.
 
 No socket: `respond` is called with bytes, and what it answers is taken apart by `http.client`.
 """
@@ -23,10 +23,11 @@ from raw import request as upgrade
 from coin_api import PriceUpdate
 from price_server import web
 from price_server.figures import Figures
-from price_server.web import Answer, Question, Upgrade, answer_history, find_end, respond
+from price_server.history import History
+from price_server.web import Answer, Upgrade, find_end, respond
 
-RANGES = [{"name": name, "seconds": 1, "step": 1, "since": None} for name in ("1h", "24h", "7d", "30d", "1y")]
 ALL = ("BTC", "ETH", "SOL")
+PAST = History(ALL)  # without prices
 AT = "2026-11-22T07:44:05.1234567Z"
 BTC = '{"asset_id":"BTC","price":45000.0,"time":"2026-11-22T07:44:05.1234567Z"}'
 
@@ -65,7 +66,7 @@ def took(answer: Answer, method: str = "GET") -> Got:
 
 def send(figures: Figures, head: bytes) -> Got:
     """The answer to this head."""
-    answer = respond(head, figures, RANGES)
+    answer = respond(head, figures, PAST)
     assert isinstance(answer, Answer)
     return took(answer, head.partition(b" ")[0].decode("latin-1"))
 
@@ -76,15 +77,9 @@ def get(figures: Figures, target: str, method: str = "GET", **headers: str) -> G
 
 
 def upgraded(figures: Figures, head: bytes) -> Upgrade:
-    made = respond(head, figures, RANGES)
+    made = respond(head, figures, PAST)
     assert isinstance(made, Upgrade)
     return made
-
-
-def asked(figures: Figures, target: str, method: str = "GET") -> Question:
-    question = respond(f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode(), figures, RANGES)
-    assert isinstance(question, Question)
-    return question
 
 
 def poll(figures: Figures, **prices: float) -> None:
@@ -176,7 +171,7 @@ def test_every_answer_has_these_headers_and_head_has_the_same(
             "Connection": "close",
             "Access-Control-Allow-Origin": "*",
         }
-    answered = respond(f"GET {target} HTTP/1.0\n\n".encode(), priced, RANGES)
+    answered = respond(f"GET {target} HTTP/1.0\n\n".encode(), priced, PAST)
     assert isinstance(answered, Answer)
     assert answered.pieces[0].startswith(f"HTTP/1.1 {status}\r\nServer: price-server\r\n".encode())
 
@@ -224,7 +219,7 @@ def test_what_is_not_there_is_404_with_what_is_there(priced: Figures, target: st
     ],
 )
 def test_garbage_gets_a_status_line_and_json(figures: Figures, head: bytes, status: int) -> None:
-    answer = respond(head, figures, RANGES)
+    answer = respond(head, figures, PAST)
     assert isinstance(answer, Answer)
     got = took(answer)
     assert got.status == status
@@ -265,13 +260,14 @@ def test_a_query_has_1_kib_at_the_most(priced: Figures, target: str) -> None:
         answer = get(priced, f"{target}?x={'x' * (size - 2)}")
         assert answer.status == 414
         assert answer.error == f"query of {size} bytes: 1024 are the most"
-    just = respond(upgrade(f"{target}?x={'x' * 1_022}"), priced, RANGES)
+    just = respond(upgrade(f"{target}?x={'x' * 1_022}"), priced, PAST)
     assert not isinstance(just, Answer) or just.status == 200
 
 
 @pytest.mark.parametrize("target", ["/history", "/ws"])
 def test_a_query_has_100_fields_at_the_most(priced: Figures, target: str) -> None:
-    assert not isinstance(respond(upgrade(f"{target}?{'x&' * 99}x"), priced, RANGES), Answer)
+    just = respond(upgrade(f"{target}?{'x&' * 99}x"), priced, PAST)
+    assert not isinstance(just, Answer) or just.status == 200
     answer = get(priced, f"{target}?{'x&' * 100}x")
     assert (answer.status, answer.error) == (400, "query of more than 100 fields")
 
@@ -409,7 +405,7 @@ def test_assets_are_chosen_by_the_query_in_the_order_tracked(
     figures: Figures, query: str, assets: tuple[str, ...]
 ) -> None:
     assert upgraded(figures, upgrade(f"/ws{query}")).assets == assets
-    assert asked(figures, f"/history{query}").assets == assets
+    assert tuple(json.loads(get(figures, f"/history{query}").body)) == assets
 
 
 def test_what_a_proxy_says_of_the_address_is_passed_on(figures: Figures) -> None:
@@ -524,10 +520,25 @@ def test_a_refused_origin_is_named_in_100_characters_at_the_most(narrowed: Figur
 # The past
 
 
-def test_the_range_is_an_hour_unless_the_query_says_so(figures: Figures) -> None:
-    assert asked(figures, "/history").range_name == "1h"
-    assert asked(figures, "/history?range=7d&assets=btc").range_name == "7d"
-    assert asked(figures, "/history?range=7d&range=1y").range_name == "1y"
+@pytest.fixture
+def past() -> History:
+    """The past of these assets, with BTC at 1 two hours ago and at 2.5 now."""
+    past = History(ALL, lambda: 1_800_007_200.0)
+    past.add({"BTC": "1"}, 1_800_000_000.0)
+    past.add({"BTC": "2.5"}, 1_800_007_200.0)
+    return past
+
+
+@pytest.mark.parametrize(
+    ("query", "prices"),
+    [("", [2.5]), ("?range=24h", [1, 2.5]), ("?range=24h&range=1h", [2.5]), ("?range=7d&assets=btc", [1, 2.5])],
+)
+def test_the_range_is_an_hour_unless_the_query_says_so(
+    figures: Figures, past: History, query: str, prices: list[float]
+) -> None:
+    answer = respond(f"GET /history{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode(), figures, past)
+    assert isinstance(answer, Answer)
+    assert [price for _, price in json.loads(took(answer).body)["BTC"]] == prices
 
 
 @pytest.mark.parametrize("name", ["2h", "", "1H", "x" * 500])
@@ -537,24 +548,19 @@ def test_an_unknown_range_is_answered_with_the_five(figures: Figures, name: str)
     assert answer.error == f"unknown range '{name[:40]}': there are 1h, 24h, 7d, 30d, 1y"
 
 
-def test_the_pieces_of_the_past_are_sent_as_they_are_and_copied_by_nobody(figures: Figures) -> None:
-    pieces = [b'{"BTC":', b"[[1.5,2.5]]", b"}"]
-    answer = answer_history(asked(figures, "/history?assets=BTC"), figures, pieces)
-    assert all(sent is piece for sent, piece in zip(answer.pieces[1:], pieces, strict=True))
-    got = took(answer)
-    assert (got.status, got.headers["Content-Type"]) == (200, "application/json")
-    assert json.loads(got.body) == {"BTC": [[1.5, 2.5]]}
-    head = took(answer_history(asked(figures, "/history?assets=BTC", "HEAD"), figures, pieces), "HEAD")
-    assert (head.status, head.headers["Content-Length"]) == (200, str(len(got.body)))
-
-
-def test_a_question_without_an_answer_is_503_with_retry_after(narrowed: Figures) -> None:
-    question = respond(b"GET /history HTTP/1.1\r\nOrigin: https://example.org\r\n\r\n", narrowed, RANGES)
-    assert isinstance(question, Question)
-    answer = took(answer_history(question, narrowed, None))
-    assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
-    assert (answer.error, answer.refused) == ("history does not answer for now", "")
-    assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+def test_the_pieces_of_the_past_are_sent_as_they_are_and_copied_by_nobody(figures: Figures, past: History) -> None:
+    whole, head = (
+        respond(f"{method} /history?assets=BTC HTTP/1.1\r\nHost: x\r\n\r\n".encode(), figures, past)
+        for method in ("GET", "HEAD")
+    )
+    assert isinstance(whole, Answer)
+    assert isinstance(head, Answer)
+    assert whole.pieces[2] is past.answer("1h", ["BTC"])[1]
+    got = took(whole)
+    assert (got.status, got.headers["Content-Type"], got.body) == (
+        *(200, "application/json", b'{"BTC":[[1800007200.000,2.5]]}'),
+    )
+    assert took(head, "HEAD").headers["Content-Length"] == str(len(got.body))
 
 
 # The page
@@ -621,7 +627,7 @@ def test_a_page_that_was_changed_is_sent_and_hashed_anew(
 
 
 def test_all_who_take_the_page_hold_it_once(figures: Figures) -> None:
-    first, second = (respond(b"GET / HTTP/1.1\r\n\r\n", figures, RANGES) for _ in range(2))
+    first, second = (respond(b"GET / HTTP/1.1\r\n\r\n", figures, PAST) for _ in range(2))
     assert isinstance(first, Answer)
     assert isinstance(second, Answer)
     assert first.pieces[1] is second.pieces[1]
@@ -640,7 +646,7 @@ def test_without_its_page_the_server_says_what_is_missing(
 
 
 def test_healthz_has_exactly_these_fields(figures: Figures, clock: Clock) -> None:
-    assert figures.health(RANGES)["last_error"] is None
+    assert figures.health([])["last_error"] is None
     assert not figures.client_came.is_set()
     figures.last_error = "CoinAPI answered 503"
     answer = get(figures, "/healthz")
@@ -658,7 +664,7 @@ def test_healthz_has_exactly_these_fields(figures: Figures, clock: Clock) -> Non
         "quote": "USD",
         "assets": ["BTC", "ETH", "SOL"],
         "without_price": ["BTC", "ETH", "SOL"],
-        "ranges": RANGES,
+        "ranges": PAST.describe(),
         "last_error": "CoinAPI answered 503",
     }
     assert list(json.loads(answer.body).items()) == list(expected.items())
