@@ -223,7 +223,7 @@ def serve(source: PriceSource, options: argparse.Namespace) -> int:
         return _fail(2, str(error))
     except RuntimeError as error:  # no thread to be had
         return _fail(1, f"cannot start: {error}")
-    server.service_actions = systemd.feed_watchdog  # type: ignore[method-assign]
+    server.on_housekeeping = systemd.feed_watchdog
     poller = Poller(source, server, options.interval, options.pause_when_idle, ready=partial(events.put, READY))
 
     def poll() -> None:

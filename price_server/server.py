@@ -67,6 +67,7 @@ class PriceServer(WebsocketServer):
     ):
         self.assets = tuple(assets)
         self.client_came = threading.Event()  # set with each new client, for a poller that pauses
+        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second: set before run_forever
         self._wall_clock = wall_clock
         self._unsound: dict[str, str] = {}  # assets whose price was dropped, and why: named in the log
         self._prices = Prices(self.assets)
@@ -94,7 +95,7 @@ class PriceServer(WebsocketServer):
             log=self._log,
             call_back=self._call_back,
             make_handler=lambda connection: ClientHandler(self, connection),
-            on_housekeeping=lambda: self.service_actions(),
+            on_housekeeping=lambda: self.on_housekeeping(),
             on_end=self._stop_archive,
         )
         try:
