@@ -181,6 +181,8 @@ class Connection:
 
     def follow(self, assets: tuple[str, ...]) -> None:
         """Follow these assets from now on; the current price of each new one is to be sent."""
+        if self.state is not State.CLIENT:
+            return
         new = set(assets).difference(self.assets)
         self.assets = assets
         outbox = self._open_outbox()

@@ -63,7 +63,7 @@ class Hub:
         self._leaving: dict[Connection, None] = {}  # which take their last bytes; the oldest first
         self._last_id = 0
         self._added = 0  # bytes that connections were given since those held were counted
-        self._deny: tuple[int, str | bytes] | None = None  # the close that new clients get
+        self.deny_close: tuple[int, str | bytes] | None = None  # what new clients get at once; None: they are let in
         self.stop_close: tuple[int, str | bytes] | None = (1001, "server is stopping")  # None: hang up without
         self._was_stale = False
         self._room = self._fit_clients()
@@ -184,10 +184,10 @@ class Hub:
 
     def _admit(self, connection: Connection, new_client: NewClient) -> None:
         feed = self._prices.feeds[new_client.format]
-        if self._deny:
+        if self.deny_close:
             self._status.refused["denied"] += 1
             connection.feed = feed  # so that it has a close's time to hang up
-            self._let_leave(connection, [new_client.head, feed.format.encode_close(*self._deny)], CLOSE_TIMEOUT)
+            self._let_leave(connection, [new_client.head, feed.format.encode_close(*self.deny_close)], CLOSE_TIMEOUT)
             return
         # First, because a client that is gone already never came.
         sent = self._transport.send(connection, new_client.head + feed.snapshot(new_client.assets))
@@ -232,9 +232,7 @@ class Hub:
                 self.attempt(self._send, connection, encoded[connection.feed.format.name])
 
     def disconnect(self, connections: Iterable[Connection], status: int, reason: str | bytes) -> None:
-        """Send these clients a close as the last bytes. Raises ValueError for a reason that is too long."""
-        for feed in self._prices.feeds.values():
-            feed.format.encode_close(status, reason)
+        """Send these clients a close as the last bytes."""
         for connection in connections:
             self.attempt(self._say_goodbye, connection, status, reason)
 
@@ -247,15 +245,6 @@ class Hub:
     def drop_all(self) -> None:
         for connection in list(self.clients):
             self._drop(connection, "disconnected")
-
-    def deny(self, status: int, reason: str | bytes) -> None:
-        """Have new clients closed with this at once. Raises ValueError for a reason that is too long."""
-        for feed in self._prices.feeds.values():
-            feed.format.encode_close(status, reason)
-        self._deny = status, reason
-
-    def allow(self) -> None:
-        self._deny = None
 
     # Fan-out
 

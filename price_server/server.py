@@ -15,19 +15,21 @@ from typing import Any
 
 from websocket_server import WebsocketServer
 
-from . import __version__, clocks
+from . import clocks
 from .archive import Archive
 from .commands import apply_command, encode_error, is_command
 from .connection import Connection
 from .frames import encode_close
 from .history import History
-from .hub import Hub
+from .hub import OWN_FILES, SPARE_VISITORS, Hub
 from .loop import Loop, RateLimitedLog, State
 from .prices import Prices, Update, split_sound
 from .status import Status
 from .transport import configure_listener
+from .version import __version__
 from .web import Site
 
+NOTICE = 25  # the level between INFO and WARNING
 Client = dict[str, Any]  # {"id": 1, "handler": ClientHandler, "address": (host, port)}
 
 logger = logging.getLogger(__name__)
@@ -67,9 +69,9 @@ class PriceServer(WebsocketServer):
     ):
         self.assets = tuple(assets)
         self.client_came = threading.Event()  # set with each new client, for a poller that pauses
-        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second: set before run_forever
+        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second in the server thread
         self._wall_clock = wall_clock
-        self._unsound: dict[str, str] = {}  # assets whose price was dropped, and why: named in the log
+        self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
         self._prices = Prices(self.assets)
         self._history = History(self.assets, wall_clock)
         self._status = Status(
@@ -95,7 +97,7 @@ class PriceServer(WebsocketServer):
             log=self._log,
             call_back=self._call_back,
             make_handler=lambda connection: ClientHandler(self, connection),
-            on_housekeeping=lambda: self.on_housekeeping(),
+            on_housekeeping=self._run_housekeeping,
             on_end=self._stop_archive,
         )
         try:
@@ -122,19 +124,25 @@ class PriceServer(WebsocketServer):
         return sent
 
     def _publish(self, updates: dict[str, Update], faults: dict[str, str]) -> list[str]:
-        new_faults = [f"{asset} ({fault})" for asset, fault in faults.items() if asset not in self._unsound]
-        if new_faults:
-            logger.warning("prices that are not sound are left out: %s", ", ".join(new_faults))
-        self._unsound = {asset: fault for asset, fault in (self._unsound | faults).items() if asset not in updates}
+        self._note_faults(updates, faults)
         if updates:
             self._prices.remember(updates)
             self._status.note_success()
             self._hub.fan_out(updates)
             texts = {asset: json.dumps(update.price) for asset, update in updates.items()}
-            changes = self._history.add(texts, self._wall_clock())
+            poll = self._history.add(texts, self._wall_clock())
             if self._archive:
-                self._archive.write(changes)
+                self._archive.write(poll)
         return list(updates)
+
+    def _note_faults(self, sound: dict[str, Update], faults: dict[str, str]) -> None:
+        new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._unsound]
+        back = [asset for asset in sound if asset in self._unsound]
+        self._unsound = self._unsound.union(faults).difference(back)
+        if new:
+            logger.warning("no sound price for %s; clients keep the last one", ", ".join(new)[:1000])
+        if back:
+            logger.log(NOTICE, "a sound price again for %s", ", ".join(back))
 
     def report_failure(self, reason: str, cause: str = "other") -> None:
         """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
@@ -147,6 +155,11 @@ class PriceServer(WebsocketServer):
     def pause(self) -> None:
         """Note that polls are left out because there is no client. Any thread."""
         self._loop.call_soon(lambda: setattr(self._status, "paused", True))
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last poll brought no prices; None when it brought some."""
+        return self._status.last_error
 
     # Clients
 
@@ -200,18 +213,24 @@ class PriceServer(WebsocketServer):
         self._loop.call(lambda: self._hub.send_to_all(message))
 
     def _disconnect_clients_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        self._loop.call(lambda: self._hub.disconnect(list(self._hub.clients), status, reason))
+        close = _checked_close(status, reason)
+        self._loop.call(lambda: self._hub.disconnect(list(self._hub.clients), *close))
 
     def _disconnect_clients_abruptly(self) -> None:
         self._loop.call(self._hub.drop_all)
 
     def _deny_new_connections(self, status: int, reason: bytes | str) -> None:
-        self._loop.call(lambda: self._hub.deny(status, reason))
+        self._hub.deny_close = _checked_close(status, reason)
 
     def _allow_new_connections(self) -> None:
-        self._loop.call(self._hub.allow)
+        self._hub.deny_close = None
 
     # Start and stop
+
+    @staticmethod
+    def files_needed(max_clients: int) -> int:
+        """Descriptors that a server with so many clients needs."""
+        return max_clients + OWN_FILES + SPARE_VISITORS
 
     @property
     def has_ended(self) -> bool:
@@ -239,7 +258,7 @@ class PriceServer(WebsocketServer):
             restore()
 
     def _shutdown_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        self._shut_down((status, reason))
+        self._shut_down(_checked_close(status, reason))
 
     def _shutdown_abruptly(self) -> None:
         self._shut_down(None)
@@ -252,8 +271,6 @@ class PriceServer(WebsocketServer):
 
     def _shut_down(self, close: tuple[int, str | bytes] | None) -> None:
         """close: what every client gets; None to hang up without."""
-        if close:
-            encode_close(*close)  # raises ValueError for a reason that is too long
         self._hub.stop_close = close
         if self._loop.state is State.BEFORE:
             self._loop.close(self._hub)
@@ -261,15 +278,23 @@ class PriceServer(WebsocketServer):
             self._loop.stop()
 
     def _open_archive(self, file: str, source: str, quote: str) -> None:
-        self._archive = Archive(
+        self._archive = archive = Archive(
             file,
             source,
             quote,
             self.assets,
-            loaded=lambda points: self._loop.call_soon(lambda: self._history.load(points)),
-            state_changed=lambda state: self._loop.call_soon(lambda: setattr(self._status, "history_state", state)),
+            loaded=lambda loaded: self._loop.call_soon(lambda: archive.write(self._history.load(loaded))),
+            wall_clock=self._wall_clock,
         )
-        self._archive.start()
+        archive.start()
+
+    def _run_housekeeping(self) -> None:
+        if self._archive:
+            report = self._archive.report
+            self._status.history_state = report.state
+            self._status.history_write_errors = report.write_errors
+            self._status.history_last_write = report.last_write
+        self.on_housekeeping()
 
     def _stop_archive(self) -> None:
         if self._archive:
@@ -297,7 +322,14 @@ class ClientHandler:
 
     def send_close(self, status: int = 1000, reason: str | bytes = b"") -> None:
         """Disconnect the client after what is pending. Raises ValueError for a reason over 123 bytes of UTF-8."""
-        self._server._loop.call(lambda: self._server._hub.disconnect([self.connection], status, reason))
+        close = _checked_close(status, reason)
+        self._server._loop.call(lambda: self._server._hub.disconnect([self.connection], *close))
+
+
+def _checked_close(status: int, reason: str | bytes) -> tuple[int, str | bytes]:
+    """Raises ValueError for a reason over 123 bytes of UTF-8."""
+    encode_close(status, reason)
+    return status, reason
 
 
 def _stop_on_interrupt(stop: Callable[[], None]) -> Callable[[], Any]:

@@ -250,13 +250,13 @@ class Site:
     # The prices
 
     def _prices(self, request: Request) -> Response:
-        latest = self.prices.latest
-        updates = [latest[asset].to_json() for asset in self._requested_assets(request) if asset in latest]
-        return self._send(request, f"[{','.join(updates)}]".encode())
+        texts = self.prices.texts
+        messages = [texts[asset] for asset in self._requested_assets(request) if asset in texts]
+        return self._send(request, f"[{','.join(messages)}]".encode())
 
     def _price(self, asset_id: str) -> bytes:
-        if asset_id in self.prices.latest:
-            return self.prices.latest[asset_id].to_json().encode()
+        if asset_id in self.prices.texts:
+            return self.prices.texts[asset_id].encode()
         if asset_id in self.prices.assets:
             raise HttpError(503, f"no price of {asset_id} is known yet", Retry_After="5")
         raise HttpError(404, self.prices.unknown(asset_id))
