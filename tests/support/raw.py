@@ -181,14 +181,16 @@ class RawClient:
         reset(self.socket)
 
 
-def visit(port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10) -> socket.socket:
+def visit(
+    port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10, host: str = "127.0.0.1"
+) -> socket.socket:
     """A connection that has sent these bytes."""
-    sock = socket.socket()
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_buffer)
     sock.settimeout(timeout)
-    sock.connect(("127.0.0.1", port))
+    sock.connect((host, port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(data)
     return sock
