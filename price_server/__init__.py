@@ -1,7 +1,29 @@
-"""Everything clients see: the WebSocket feed, the HTTP beside it, the past. Knows nothing of CoinAPI."""
+"""Everything clients see: the feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
 
-__version__ = "2.0.0"  # before the import: server.py puts it into /healthz
+Dependencies point down this list and form no circle:
+
+    server.py      PriceServer: what other threads may call
+    hub.py         which connection is a client, what it gets, when it is dropped
+    transport.py   moves bytes between sockets and connections
+    loop.py        a selector, and functions handed over by other threads
+    connection.py  one connection as a protocol: bytes in, events out, bytes to send
+    outbox.py      what one connection that is behind still has to be sent
+    web.py         one HTTP request to one response, or to a new client
+    pages.py       the files of the page
+    origins.py     which web origins may read
+    commands.py    what a client may say
+    archive.py     a copy of the past in a SQLite file
+    history.py     the past, in memory
+    status.py      counters and gauges, /healthz, /metrics
+    prices.py      the latest prices, and what a sound price is
+    formats.py     how messages are written to a client
+    frames.py      RFC 6455: bytes to frames and messages, and back
+    clocks.py      the clock that runs on while the machine sleeps
+    version.py     the version
+    page/          the page
+"""
 
 from .server import PriceServer
+from .version import __version__
 
-__all__ = ["PriceServer"]
+__all__ = ["PriceServer", "__version__"]

@@ -46,6 +46,9 @@ class Poll(NamedTuple):
     steps: tuple[int, ...]
     forgotten: list[Forgotten]
 
+    def is_empty(self) -> bool:
+        return not self.prices
+
     def rows(self) -> Iterator[Row]:
         for step in self.steps:
             for asset, price in self.prices.items():
@@ -58,6 +61,9 @@ class Known(NamedTuple):
     step: int
     texts: dict[str, bytes]
     forgotten: list[Forgotten]
+
+    def is_empty(self) -> bool:
+        return not (self.texts or self.forgotten)
 
     def rows(self) -> Iterator[Row]:
         for asset, text in self.texts.items():
@@ -76,6 +82,11 @@ class Loaded(NamedTuple):
 def encode_point(at: float, price: str) -> bytes:
     """A point; `at` epoch seconds, `price` JSON."""
     return f"[{at:.3f},{price}]".encode()
+
+
+def step_number(point: Text, step: int, begin: int = 0) -> int:
+    """The number of the step in which the point that begins there lies."""
+    return int(_time(point, begin) // step)
 
 
 class History:
@@ -100,6 +111,7 @@ class History:
                     "each range needs a name and a step that no other has"
                 )
         self._wall_clock = wall_clock
+        self.names = tuple(span.name for span in ranges)
         self._ranges = {span.name: _RangePoints(span, assets) for span in ranges}
         self._by_step = {points.span.step: points for points in self._ranges.values()}
 
@@ -167,11 +179,12 @@ class _RangePoints:
         if slot != self._slot:
             self._finish_step()
             self._slot = slot
-        for asset in points.keys() - self._current.keys():
+        most = self.span.most
+        for asset in points.keys() - self._current.keys() if self._current else points:
             series = self._series[asset]
             if slot <= series.last or len(series.runs) > 1:
                 series.remove(slot)
-            if series.count >= self.span.most:
+            if series.count >= most:
                 forgotten.append((self.span.step, asset, series.pop_first()))
         self._current.update(points)
         self._members.clear()
@@ -246,7 +259,8 @@ class _Series:
     def append(self, slot: int, point: bytes) -> None:
         """Add a point of a step that is not here."""
         if slot > self.last and self.runs:
-            self.runs[-1] += b"," + point
+            run = self.runs[-1]
+            run += b"," + point
         else:
             self.runs.append(bytearray(point))
         self.count += 1
@@ -302,7 +316,7 @@ class _Series:
         self.last = self._slot(runs[-1], runs[-1].rindex(b"[")) if runs else -math.inf
 
     def _slot(self, text: Text, begin: int = 0) -> int:
-        return int(_time(text, begin) // self._step)
+        return step_number(text, self._step, begin)
 
 
 def _time(text: Text, begin: int = 0) -> float:

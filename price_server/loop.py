@@ -66,7 +66,7 @@ class Loop:
         self.state = State.BEFORE
         self.stopping = False  # whether the stop has begun
         self.started, self.ended = threading.Event(), threading.Event()
-        self._thread_id = 0
+        self._thread_id = threading.get_ident()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
         self._timer_numbers = count()
@@ -102,8 +102,11 @@ class Loop:
             return future.result(CALL_TIMEOUT)  # it has begun
 
     def call_soon(self, function: Callable[[], Any]) -> None:
-        """Have a function run in the loop's thread, and do not wait. What it raises is logged."""
-        if self.state is not State.RUNNING:
+        """Have a function run in the loop's thread, and do not wait. What it raises is logged.
+
+        Before the start that is the thread which made the loop; what another one hands over waits for the start.
+        """
+        if self.state is State.ENDED or (self.state is State.BEFORE and self.in_loop_thread()):
             _log_errors(function)
         else:
             self._queue(lambda: _log_errors(function))
@@ -139,7 +142,7 @@ class Loop:
         future: Future[Any] = Future()
         self._calls.append((function, future))
         self._wake()
-        if self.state is not State.RUNNING:
+        if self.state is State.ENDED:
             self._release_calls()  # the loop ended meanwhile, and may not have seen this one
         return future
 

@@ -30,12 +30,24 @@ def split_sound(updates: Iterable[Update], assets: Container[str]) -> tuple[dict
     sound: dict[str, Update] = {}
     faults: dict[str, str] = {}
     for update in updates:
-        fault = _find_fault(update, assets)
+        try:
+            fault = _find_fault(update, assets)
+        except Exception as error:  # something else than an update, or half of one
+            fault = type(error).__name__
         if fault:
-            faults[str(update.asset_id)[:40]] = fault
+            faults[_name(update)] = fault
         else:
             sound[update.asset_id] = update
     return sound, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in sound}
+
+
+def _name(update: object) -> str:
+    """An update's asset id, or what it is instead of an update; fit for a log."""
+    try:
+        name = str(update.asset_id)[:40]  # type: ignore[attr-defined]
+    except Exception:
+        name = f"({type(update).__name__})"
+    return "".join(char if char.isprintable() else "?" for char in name)
 
 
 def _find_fault(update: Update, assets: Container[str]) -> str:
@@ -50,7 +62,7 @@ def _find_fault(update: Update, assets: Container[str]) -> str:
         return f"price {price:.6g}"
     if not isinstance(update.time, str):
         return f"time {str(update.time)[:40]!r} is not a text"
-    return ""
+    return "" if isinstance(update.to_json(), str) else "to_json() is not a text"
 
 
 class Feed:

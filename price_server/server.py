@@ -15,7 +15,7 @@ from typing import Any
 
 from websocket_server import WebsocketServer
 
-from . import __version__, clocks
+from . import clocks
 from .archive import Archive
 from .commands import apply_command, encode_error, is_command
 from .connection import Connection
@@ -26,8 +26,10 @@ from .loop import Loop, RateLimitedLog, State
 from .prices import Prices, Update, split_sound
 from .status import Status
 from .transport import configure_listener
+from .version import __version__
 from .web import Site
 
+NOTICE = 25  # the level between INFO and WARNING
 Client = dict[str, Any]  # {"id": 1, "handler": ClientHandler, "address": (host, port)}
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,9 @@ class PriceServer(WebsocketServer):
     ):
         self.assets = tuple(assets)
         self.client_came = threading.Event()  # set with each new client, for a poller that pauses
+        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second in the server thread
         self._wall_clock = wall_clock
-        self._unsound: dict[str, str] = {}  # assets whose price was dropped, and why: named in the log
+        self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
         self._prices = Prices(self.assets)
         self._history = History(self.assets, wall_clock)
         self._status = Status(
@@ -94,7 +97,7 @@ class PriceServer(WebsocketServer):
             log=self._log,
             call_back=self._call_back,
             make_handler=lambda connection: ClientHandler(self, connection),
-            on_housekeeping=lambda: self.service_actions(),
+            on_housekeeping=self._run_housekeeping,
             on_end=self._stop_archive,
         )
         try:
@@ -121,19 +124,25 @@ class PriceServer(WebsocketServer):
         return sent
 
     def _publish(self, updates: dict[str, Update], faults: dict[str, str]) -> list[str]:
-        new_faults = [f"{asset} ({fault})" for asset, fault in faults.items() if asset not in self._unsound]
-        if new_faults:
-            logger.warning("prices that are not sound are left out: %s", ", ".join(new_faults))
-        self._unsound = {asset: fault for asset, fault in (self._unsound | faults).items() if asset not in updates}
+        self._note_faults(updates, faults)
         if updates:
             self._prices.remember(updates)
             self._status.note_success()
             self._hub.fan_out(updates)
             texts = {asset: json.dumps(update.price) for asset, update in updates.items()}
-            changes = self._history.add(texts, self._wall_clock())
+            poll = self._history.add(texts, self._wall_clock())
             if self._archive:
-                self._archive.write(changes)
+                self._archive.write(poll)
         return list(updates)
+
+    def _note_faults(self, sound: dict[str, Update], faults: dict[str, str]) -> None:
+        new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._unsound]
+        back = [asset for asset in sound if asset in self._unsound]
+        self._unsound = self._unsound.union(faults).difference(back)
+        if new:
+            logger.warning("no sound price for %s; clients keep the last one", ", ".join(new)[:1000])
+        if back:
+            logger.log(NOTICE, "a sound price again for %s", ", ".join(back))
 
     def report_failure(self, reason: str, cause: str = "other") -> None:
         """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
@@ -269,15 +278,23 @@ class PriceServer(WebsocketServer):
             self._loop.stop()
 
     def _open_archive(self, file: str, source: str, quote: str) -> None:
-        self._archive = Archive(
+        self._archive = archive = Archive(
             file,
             source,
             quote,
             self.assets,
-            loaded=lambda points: self._loop.call_soon(lambda: self._history.load(points)),
-            state_changed=lambda state: self._loop.call_soon(lambda: setattr(self._status, "history_state", state)),
+            loaded=lambda loaded: self._loop.call_soon(lambda: archive.write(self._history.load(loaded))),
+            wall_clock=self._wall_clock,
         )
-        self._archive.start()
+        archive.start()
+
+    def _run_housekeeping(self) -> None:
+        if self._archive:
+            report = self._archive.report
+            self._status.history_state = report.state
+            self._status.history_write_errors = report.write_errors
+            self._status.history_last_write = report.last_write
+        self.on_housekeeping()
 
     def _stop_archive(self) -> None:
         if self._archive:

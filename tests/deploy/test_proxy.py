@@ -363,12 +363,6 @@ def test_proxy_waits_longer_than_the_pings_are_apart() -> None:
     assert int(found[1]) >= 2 * PriceServer.ping_interval
 
 
-def test_proxy_waits_longer_for_an_answer_than_a_tracker_takes_to_say_that_it_has_none() -> None:
-    found = re.search(r"timeout server (\d+)s", deployed("haproxy.cfg"))
-    assert found
-    assert int(found[1]) > PriceServer.history_timeout + PriceServer.housekeeping_interval
-
-
 def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: Certificate, tmp_path: Path) -> None:
     """Without the limits of the proxy's socket buffers it gets all of them."""
     assets = ",".join(f"ASSET{number}" for number in range(350))
