@@ -187,6 +187,14 @@ def test_before_the_start_and_after_the_end_functions_run_where_they_are_called(
             assert (loop.started.is_set(), loop.ended.is_set(), world.closed) == (True, True, True)
 
 
+def test_what_another_thread_hands_over_before_the_start_waits_for_it(world: World, handler: Handler) -> None:
+    loop = make_loop(world, handler)
+    in_thread(lambda: loop.call_soon(note(handler, "handed over")))()
+    assert handler.seen == []
+    loop.run(handler)
+    assert handler.seen[0] == "handed over"
+
+
 def test_timers_run_in_the_order_of_their_time_and_never_early(world: World, handler: Handler) -> None:
     def at(name: str) -> Step:
         return lambda: handler.seen.append((name, world.now))

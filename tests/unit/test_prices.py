@@ -1,6 +1,7 @@
 """prices: what a sound price is, the latest ones, and their messages in each format."""
 
 import json
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -67,6 +68,20 @@ def test_a_time_that_is_not_a_text_is_not_sound(time: object, fault: str) -> Non
 )
 def test_an_asset_that_is_not_tracked_is_not_sound(asset_id: object, name: str) -> None:
     assert split_sound([Price(asset_id, None)], ("BTC", "ETH")) == ({}, {name: "not tracked"})
+
+
+@pytest.mark.parametrize(
+    ("update", "name", "fault"),
+    [
+        (None, "(NoneType)", "AttributeError"),
+        (SimpleNamespace(asset_id="BTC"), "BTC", "AttributeError"),
+        (SimpleNamespace(asset_id="BTC", price=1, time=TIME, to_json=lambda: 1 // 0), "BTC", "ZeroDivisionError"),
+        (SimpleNamespace(asset_id="BTC", price=1, time=TIME, to_json=lambda: b""), "BTC", "to_json() is not a text"),
+        (SimpleNamespace(asset_id="B\nTC", price=1), "B?TC", "not tracked"),
+    ],
+)
+def test_what_is_no_update_costs_the_others_nothing(update: Any, name: str, fault: str) -> None:
+    assert split_sound([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": ("ETH", 1, TIME)}, {name: fault})
 
 
 def test_an_asset_that_comes_twice_has_its_last_sound_price() -> None:
