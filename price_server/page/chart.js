@@ -86,11 +86,11 @@ function drawGrid(row, isAlone) {
     const decimals = Math.max(...prices.map((price) => (String(price).split('.')[1] ?? '').length));
     for (const price of prices) {
       path += `M0 ${yOf(row, price)}H1000`;
-      labels.push(makeLabel('price', formatPrice(price, Math.min(decimals, row.decimals)), 'top', yOf(row, price)));
+      labels.push(makeLabel('at-price', formatPrice(price, Math.min(decimals, row.decimals)), 'top', yOf(row, price)));
     }
     for (const time of times) {
       path += `M${xOf(row, time)} 0V100`;
-      labels.push(makeLabel('time', formatRoundTime(time, end - start), 'left', xOf(row, time) / 10));
+      labels.push(makeLabel('at-time', formatRoundTime(time, end - start), 'left', xOf(row, time) / 10));
     }
   }
   parts.grid.setAttribute('d', path);

@@ -68,7 +68,7 @@ export function formatTime(epoch, today, options = { timeZoneName: 'short' }) {
 // What a person types: 70000, 70,000.50, 0.093 or 0,093. NaN for what is no price.
 export function parsePrice(text) {
   const bare = text.replace(/[\s_]/g, '');
-  if (/^\d{1,3}(,\d{3})+(\.\d+)?$/.test(bare)) return positive(bare.replace(/,/g, ''));
+  if (/^[1-9]\d{0,2}(,\d{3})+(\.\d+)?$/.test(bare)) return positive(bare.replace(/,/g, ''));
   return /^(\d+[.,]?\d*|[.,]\d+)(e-?\d+)?$/i.test(bare) ? positive(bare.replace(',', '.')) : NaN;
 }
 
