@@ -14,7 +14,7 @@ from stand_in import StandIn
 from coin_api import PriceUpdate
 from price_server import PriceServer
 
-pytest_plugins = ("browser",)  # its fixtures
+pytest_plugins = ("browser", "calling", "sites")  # their fixtures
 
 sys.setswitchinterval(0.0002)  # as the program does at its start
 # What runs the tests may ignore these (nohup, a job in the background), and each program started here would too.

@@ -20,6 +20,10 @@ ENOUGH = 0.9  # of them noticed
 TESTS = {  # of each room that is a function of what comes in
     "coin_api.py": "tests/unit/test_coin_api.py",
     "price_server/frames.py": "tests/unit/test_frames.py",
+    "price_server/outbox.py": "tests/unit/test_outbox.py",
+    "price_server/connection.py": "tests/unit/test_connection.py",
+    "price_server/prices.py": "tests/unit/test_prices.py",
+    "price_server/commands.py": "tests/unit/test_commands.py",
     "price_server/web.py": "tests/unit/test_web.py",
     "price_server/figures.py": "tests/unit/test_web.py",
     "price_server/history.py": "tests/unit/test_history.py",

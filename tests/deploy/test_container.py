@@ -18,6 +18,8 @@ from running import ASSETS, ROOT, outside, wait_for
 from stand_in import StandIn
 from websockets.sync.client import connect
 
+from price_server import PriceServer
+
 HTTP = "http://127.0.0.1:3030"
 
 
@@ -159,7 +161,7 @@ def test_dockerfile_names_no_machine_and_no_setting_of_one() -> None:
 def test_compose_file_gives_the_port_to_this_machine_alone_and_has_room_for_all_clients() -> None:
     service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["tracker"]
     assert service["ports"] == ["127.0.0.1:3030:3030"]
-    assert service["ulimits"]["nofile"] > 10_050
+    assert service["ulimits"]["nofile"] > PriceServer.files_needed(10_000)
     assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
 
 

@@ -50,9 +50,10 @@ def test_each_rule_has_a_severity_a_summary_and_a_series_that_fires_and_one_that
     assert len(alerts) == 15
 
 
-def test_the_rules_ask_for_metrics_that_exist(coin_api: StandIn) -> None:
+def test_the_rules_ask_for_metrics_that_exist(coin_api: StandIn, tmp_path: Path) -> None:
     asked = set(re.findall(r"\bprice_tracker_\w+", RULES.read_text()))
-    with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
+    options = ("--history", str(tmp_path / "history.db"))
+    with Tracker(*options, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
         wait_for(lambda: coin_api.answered_at)
         wait_for(lambda: "price_tracker_price{" in metrics(tracker))
         told = metrics(tracker)

@@ -14,6 +14,8 @@ from proxies import Certificate, HAProxy, Nginx, deployed, free_port, make_certi
 from running import ASSETS, Tracker, outside
 from stand_in import EventStream
 
+from price_server.hub import HEARTBEAT_INTERVAL
+
 HTTP_VERSIONS = pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 
 
@@ -54,16 +56,12 @@ def test_haproxy_passes_each_event_on_and_cuts_no_quiet_stream(
 
 
 def test_haproxy_waits_for_more_than_two_heartbeats() -> None:
-    assert seconds_of("timeout tunnel", deployed("haproxy.cfg")) > 2 * 20
+    assert seconds_of("timeout tunnel", deployed("haproxy.cfg")) > 2 * HEARTBEAT_INTERVAL
 
-
-# Until main has /stream.
-NO_STREAM = pytest.mark.skip("the tracker has no /stream yet")
 
 # A proxy that collected what comes would hold a tracker's first prices back until the next poll, in an hour.
 
 
-@NO_STREAM
 @HTTP_VERSIONS
 def test_prices_of_a_tracker_come_through_haproxy_at_once(
     certificate: Certificate, tmp_path: Path, version: str
@@ -76,7 +74,6 @@ def test_prices_of_a_tracker_come_through_haproxy_at_once(
         assert first_assets(lines) == list(ASSETS)
 
 
-@NO_STREAM
 def test_prices_of_a_tracker_come_at_once_through_an_nginx_with_nothing_but_proxy_pass(tmp_path: Path) -> None:
     port = free_port()
     with Tracker("--demo", "--interval", "3600") as tracker:

@@ -15,6 +15,8 @@ import pytest
 from proxies import DEPLOY, get, put, readme_block
 from running import ROOT, Tracker, outside, wait_for
 
+from price_server import PriceServer
+
 UNITS = ("price-tracker.service", "price-tracker@.service")
 INSTALL, KEY, UPGRADE_EACH, CLEAN, BACKUP, RESTORE = map(
     readme_block, ("pip install", "your-key\nPRICE", "list-units", "xargs", "VACUUM", "backup=")
@@ -49,7 +51,7 @@ def test_systemd_accepts_the_unit_and_finds_it_safe(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("name", UNITS)
 def test_the_unit_has_room_and_starts_again_whatever_ended_it_but_for_status_2(name: str) -> None:
     unit = settings(name)
-    assert int(unit["LimitNOFILE"]) > 10_050
+    assert int(unit["LimitNOFILE"]) > PriceServer.files_needed(10_000)
     assert int(unit["TasksMax"]) > 5 + ThreadPoolExecutor()._max_workers  # what the README recommends
     assert (unit["Restart"], unit["RestartPreventExitStatus"]) == ("always", "2")
     assert (unit["Type"], unit["WatchdogSec"], unit["LimitCORE"]) == ("notify", "30", "0")

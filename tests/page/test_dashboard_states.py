@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 from browser import Clock, Line, Page, StartServer, prices, record
+from price_server.figures import Figures
 from running import ASSETS, Tracker, wait_for
 from stand_in import KEY, StandIn
 from websockets.sync.client import connect
 
 from coin_api import CoinApi, PriceUpdate
 from price_server import PriceServer
-from price_server.figures import Figures
 from tracker import Poller
 
 LOST = "Connection lost, reconnecting"

@@ -187,9 +187,12 @@ class Clock:
 def record(server: PriceServer, seconds: int, step: int, price: Callable[[int], float] = lambda age: 100.0) -> None:
     """A past of so many seconds for each asset, `price` by its age."""
     now = server.wall_clock()
-    for age in range(seconds, 0, -step):
-        server.history.add(dict.fromkeys(server.assets, json.dumps(price(age))), now - age)
-    wait_for(lambda: server.history.ranges[-1]["since"], what="the past")
+
+    def add() -> None:
+        for age in range(seconds, 0, -step):
+            server.history.add(dict.fromkeys(server.assets, json.dumps(price(age))), now - age)
+
+    server.call(add)
 
 
 def prices(server: PriceServer, price: float, **others: float) -> None:

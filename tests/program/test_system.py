@@ -1,10 +1,11 @@
-"""service: a log that holds nobody up, what systemd is told, room for clients."""
+"""system: a log that never blocks, what systemd is told, signals, room for clients, missing packages."""
 
 import fcntl
 import json
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,9 +23,9 @@ from running import ROOT, Tracker, outside, wait_for
 from stand_in import KEY, StandIn
 from websockets.sync.client import connect
 
-import service
+import system
 from price_server import PriceServer
-from service import Log, Systemd
+from system import Log, Systemd
 
 
 def record(message: str, level: int = logging.INFO) -> logging.LogRecord:
@@ -54,8 +55,8 @@ class Stderr:
 
 def test_a_stderr_whose_disk_is_full_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "wb", buffering=0) as full:
-        monkeypatch.setattr(service, "STDERR", full.fileno())
-        service._write("nobody can be told")
+        monkeypatch.setattr(system, "STDERR", full.fileno())
+        system._write("nobody can be told")
 
 
 def test_a_line_that_stderr_takes_in_parts_is_written_whole(
@@ -63,7 +64,7 @@ def test_a_line_that_stderr_takes_in_parts_is_written_whole(
 ) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:5]))
-    service._write("a pipe that is nearly full takes what it has room for")
+    system._write("a pipe that is nearly full takes what it has room for")
     assert capfd.readouterr().err == "a pipe that is nearly full takes what it has room for\n"
 
 
@@ -71,11 +72,11 @@ def test_a_line_that_stderr_takes_in_parts_is_written_whole(
 def start_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Log, Stderr]]]:
     logs: list[Log] = []
 
-    def start(is_open: bool = True, max_waiting: int = service.MAX_WAITING) -> tuple[Log, Stderr]:
+    def start(is_open: bool = True, max_waiting: int = system.MAX_WAITING) -> tuple[Log, Stderr]:
         stderr = Stderr(is_open)
-        monkeypatch.setattr(service, "_write", stderr)
-        monkeypatch.setattr(service, "MAX_WAITING", max_waiting)
-        monkeypatch.setattr(service, "FLUSH_TIMEOUT", 10.0 if is_open else 0.1)
+        monkeypatch.setattr(system, "_write", stderr)
+        monkeypatch.setattr(system, "MAX_WAITING", max_waiting)
+        monkeypatch.setattr(system, "FLUSH_TIMEOUT", 10.0 if is_open else 0.1)
         logs.append(Log())
         return logs[-1], stderr
 
@@ -113,14 +114,14 @@ def test_a_stderr_that_nobody_reads_holds_nobody_up_and_what_is_lost_is_told(
 
 
 def test_up_to_ten_thousand_lines_wait() -> None:
-    assert service.MAX_WAITING == 10_000
+    assert system.MAX_WAITING == 10_000
 
 
 @pytest.mark.parametrize("lines", [1, 20])
 def test_the_end_waits_for_a_stuck_stderr_for_half_a_second_at_the_most(
     start_log: Callable[..., tuple[Log, Stderr]], lines: int
 ) -> None:
-    assert service.FLUSH_TIMEOUT == 0.5
+    assert system.FLUSH_TIMEOUT == 0.5
     log, stderr = start_log(is_open=False, max_waiting=10)
     for number in range(lines):
         log.handle(record(f"line {number}"))
@@ -150,21 +151,23 @@ def test_times_have_their_offset(monkeypatch: pytest.MonkeyPatch, zone: str, off
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        line = service._TimeFormatter().format(record("x"))
+        line = system._TimeFormatter().format(record("x"))
     finally:
         monkeypatch.undo()
         time.tzset()
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}{re.escape(offset)} INFO x", line)
 
 
-@pytest.mark.parametrize(("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)])
+@pytest.mark.parametrize(
+    ("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("NOTICE", 5), ("WARNING", 4), ("ERROR", 3)]
+)
 def test_under_journald_each_line_has_its_priority_and_no_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: str, priority: int
 ) -> None:
     stderr = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
     log = Log()
-    log.handle(record("one\ntwo", getattr(logging, level)))
+    log.handle(record("one\ntwo", logging.getLevelName(level)))
     log.close()
     assert capfd.readouterr().err == f"<{priority}>{level} one\n<{priority}>two\n"
 
@@ -233,8 +236,13 @@ def test_a_closed_stderr_puts_no_line_of_the_log_into_a_socket() -> None:
     ("module", "said"),
     [
         ("sqlite3", "this Python was built without sqlite3"),
-        ("websocket_server", "the package websocket_server is missing: start with python3 -m venv .venv && "),
-        ("requests", "the package requests is missing: start with python3 -m venv .venv && "),
+        ("_sqlite3", "this Python was built without sqlite3"),
+        (
+            "websocket_server",
+            f"the package websocket_server is missing: add it with {sys.executable} -m pip install -r ",
+        ),
+        ("requests", f"the package requests is missing: add it with {sys.executable} -m pip install -r "),
+        ("options", "options is missing beside tracker.py: copy all files of the program"),
     ],
 )
 def test_a_missing_module_is_exit_2_and_one_line_with_the_way_out(module: str, said: str) -> None:
@@ -246,8 +254,12 @@ def test_a_missing_module_is_exit_2_and_one_line_with_the_way_out(module: str, s
     assert f" CRITICAL {said}" in done.stderr
 
 
-def test_the_command_of_a_missing_package_is_the_readmes() -> None:
-    assert f"{service.INSTALL} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_command_of_a_missing_package_is_one_for_the_python_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = shlex.split(system.explain_missing("requests.adapters"))[-1]
+    assert Path(requirements) == ROOT / "requirements.txt"
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)  # without a virtual environment
+    command = system.explain_missing("requests").partition("start with ")[2]
+    assert f"{command} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # systemd
@@ -344,7 +356,7 @@ def test_no_sign_of_life_from_a_loop_that_hangs(start_server: Callable[..., Pric
     hang = threading.Event()
     server = start_server()
     server.housekeeping_interval = 0.05
-    server.service_actions = fed.set  # type: ignore[method-assign]
+    server.on_housekeeping = fed.set
     wait_for(fed.is_set)
     server.set_fn_new_client(lambda client, server: hang.wait(10))
     try:
@@ -393,12 +405,12 @@ def test_a_systemd_that_does_not_read_holds_nobody_up(tmp_path: Path, caplog: py
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
-    assert "systemd does not hear WATCHDOG=1" in caplog.text, "its queue was full"
+    assert "systemd does not receive WATCHDOG=1" in caplog.text, "its queue was full"
 
 
 def test_a_systemd_that_does_not_listen_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     Systemd({"NOTIFY_SOCKET": "/nonexistent"}).tell("READY=1")
-    assert caplog.messages == ["systemd does not hear READY=1: No such file or directory"]
+    assert caplog.messages == ["systemd does not receive READY=1: No such file or directory"]
     Systemd({}).tell("READY=1")
     assert len(caplog.messages) == 1
 
@@ -415,15 +427,15 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_so() -> None:
         assert tracker.stop() == 0
 
 
-@pytest.mark.parametrize("number", service.SIGNALS)
+@pytest.mark.parametrize("number", system.SIGNALS)
 def test_the_first_signal_stops_and_the_second_ends_at_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    before = {each: signal.getsignal(each) for each in service.SIGNALS}
+    before = {each: signal.getsignal(each) for each in system.SIGNALS}
     stops: list[int] = []
     try:
-        service.stop_on_signals(lambda: stops.append(1))
+        system.stop_on_signals(lambda: stops.append(1))
         os.kill(os.getpid(), number)
         wait_for(lambda: stops)
-        assert [signal.getsignal(each) for each in service.SIGNALS] == [signal.SIG_DFL] * 3
+        assert [signal.getsignal(each) for each in system.SIGNALS] == [signal.SIG_DFL] * 3
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -462,10 +474,10 @@ def test_the_limit_of_files_is_raised_as_far_as_allowed(
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    service.raise_file_limit(10_050)
+    system.raise_file_limit(10_050)
     assert set_to == raised
 
 
 def test_without_limits_of_files_there_is_nothing_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "resource", None)
-    service.raise_file_limit(10_050)
+    monkeypatch.setattr(system, "resource", None)
+    system.raise_file_limit(10_050)
