@@ -22,7 +22,8 @@ FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-r
     --disable-component-update --disable-sync --window-size=1280,800"""
 # Clocks that a test moves (milliseconds), what the page does once a second, and whether it is looked at.
 CLOCKS = """{
-    window.clock = {wall: 0, steady: 0, hidden: false, held: false, ticks: [], tick: () => clock.ticks.forEach((f) => f())};
+    window.clock = {wall: 0, steady: 0, hidden: false, held: false, ticks: [],
+                    tick: () => clock.ticks.forEach((f) => f())};
     const setReal = window.setInterval.bind(window);
     window.setInterval = (f, ms) => clock.ticks.push(f) && setReal(() => { if (!clock.held) f(); }, ms);
     const wall = Date.now, steady = performance.now.bind(performance);
