@@ -25,7 +25,7 @@ TESTS = {  # of each room that is a function of what comes in
     "price_server/prices.py": "tests/unit/test_prices.py",
     "price_server/commands.py": "tests/unit/test_commands.py",
     "price_server/web.py": "tests/unit/test_web.py",
-    "price_server/figures.py": "tests/unit/test_web.py",
+    "price_server/status.py": "tests/unit/test_status.py",
     "price_server/history.py": "tests/unit/test_history.py",
 }
 # mutmut runs in a directory `mutants`, where pytest must find its settings, or it tests the program beside it.
