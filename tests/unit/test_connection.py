@@ -99,6 +99,12 @@ def test_each_step_leads_to_its_state_or_is_forbidden(before: State, after: tupl
         assert connection.state is (state or before), name
 
 
+def test_nothing_is_known_or_pending_at_first() -> None:
+    visitor = Connection(now=0)
+    assert (visitor.feed, visitor.assets, visitor.unanswered, visitor.outbox) == (None, (), 0, None)
+    assert (visitor.data_to_send(), visitor.advance(0, 0), visitor.unfinished_bytes()) == (b"", 0, 0)
+
+
 @pytest.mark.parametrize("state", [State.VISITOR, State.CLOSING, State.LINGERING, State.ENDED])
 def test_only_a_client_gets_prices_and_messages(state: State) -> None:
     connection = in_state(state)
@@ -210,7 +216,10 @@ def test_only_a_pong_answers_a_heartbeat() -> None:
         (b"\x82\xff\0\0\0\0\0\1\0\1", b"\x88\x1d\x03\xf1message is over 65536 bytes"),
     ],
 )
-def test_a_close_or_an_error_is_answered_with_a_close_and_ends_it(sent: bytes, last: bytes) -> None:
+def test_a_close_or_an_error_is_answered_with_a_close_and_ends_it(
+    sent: bytes, last: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
     client = make_client()
     client.publish(ALL, 1, 0)
     assert send(client, frame(TEXT, b"one") + frame(PING) + sent + frame(PING) + frame(TEXT, b"two"), 7) == ["one"]
@@ -220,6 +229,7 @@ def test_a_close_or_an_error_is_answered_with_a_close_and_ends_it(sent: bytes, l
     assert send(client, frame(TEXT, b"three")) == []
     assert client.unfinished_bytes() == 0
     assert (client.find_overdue(12.0), client.find_overdue(12.1)) == ("", "no_close")
+    assert caplog.messages == ([f"a client broke the protocol: {last[4:].decode()}"] if len(last) > 4 else [])
 
 
 def test_nothing_is_read_after_a_message_whose_receiver_ends_the_connection() -> None:

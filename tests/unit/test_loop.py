@@ -193,6 +193,7 @@ def test_what_another_thread_hands_over_before_the_start_waits_for_it(world: Wor
     assert handler.seen == []
     loop.run(handler)
     assert handler.seen[0] == "handed over"
+    assert world.timeouts[0] == 0.0
 
 
 def test_timers_run_in_the_order_of_their_time_and_never_early(world: World, handler: Handler) -> None:
@@ -399,8 +400,11 @@ def test_each_kind_of_step_counts_as_a_batch(
     def work() -> None:
         world.work(0.03125)
 
-    steps: dict[str, Any] = {"call": lambda: loop.call_soon(work), "event": work}
-    loop: Loop = make_loop(world, handler, [steps.get(kind, "event")])
+    def call_twice() -> None:
+        loop.call_soon(work)
+        loop.call_soon(work)
+
+    loop = make_loop(world, handler, [{"call": call_twice, "event": work}.get(kind, "event")])
     if kind == "timer":
         loop.call_later(0, work)
     if kind == "after_events":
