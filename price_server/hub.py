@@ -189,6 +189,8 @@ class Hub:
             connection.feed = feed  # so that it has a close's time to hang up
             self._let_leave(connection, [new_client.head, feed.format.encode_close(*self.deny_close)], CLOSE_TIMEOUT)
             return
+        # First, because a client that is gone already never came.
+        sent = self._transport.send(connection, new_client.head + feed.snapshot(new_client.assets))
         del self._visitors[connection]
         connection.become_client(feed, new_client.assets)
         self._last_id += 1
@@ -198,10 +200,9 @@ class Hub:
         self._status.clients_accepted += 1
         logger.debug("client %s came, clients connected: %d", _address_of(connection, new_client), len(self.clients))
         known = tuple(asset for asset in new_client.assets if asset in feed.messages)
-        sent = self._transport.send(connection, new_client.head + feed.snapshot(new_client.assets))
         self._status.messages_sent += connection.start_feed(new_client.head, known, sent, self._loop.clock())
-        self._transport.update_interest(connection)
         self._call_back("new_client", client)
+        self._transport.update_interest(connection)
 
     def follow(self, connection: Connection, assets: tuple[str, ...]) -> None:
         """Set what a client follows, and send the current price of what is new to it."""

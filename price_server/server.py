@@ -267,7 +267,10 @@ class PriceServer(WebsocketServer):
         self._shut_down(self._hub.stop_close)
 
     def server_close(self) -> None:
+        """The base class calls this too, when it cannot bind its socket."""
         self._shut_down(self._hub.stop_close)
+        if self.has_ended:
+            self.socket.close()  # one that never listened, too
 
     def _shut_down(self, close: tuple[int, str | bytes] | None) -> None:
         """close: what every client gets; None to hang up without."""

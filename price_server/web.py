@@ -221,7 +221,7 @@ class Site:
         """The opening handshake (RFC 6455, 4.2)."""
         assets = self._requested_assets(request, refused="asset")
         key = _checked_key(request)
-        self._admit(request)
+        self.check_admission(request)
         accept = base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest())  # noqa: S324 - the RFC's
         head = (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -232,7 +232,7 @@ class Site:
     def _event_stream(self, request: Request) -> Response | NewClient:
         """Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
         assets = self._requested_assets(request, refused="asset")
-        self._admit(request)
+        self.check_admission(request)
         # It ends with its connection: HAProxy cuts a chunked one after `timeout server`.
         head = self._head(request, 200, "text/event-stream", length=None, headers={"X-Accel-Buffering": "no"})
         if request.method == "HEAD":
@@ -240,8 +240,8 @@ class Site:
         retry = b"retry: %d\n" % random.randint(*RETRY)
         return NewClient(head + retry, "event_stream", assets, request.first("x-forwarded-for"))
 
-    def _admit(self, request: Request) -> None:
-        """Raises HttpError when there can be no client of this origin, or no further one at all."""
+    def check_admission(self, request: Request) -> None:
+        """Raises HttpError for a request on the feed's paths that may not become a client."""
         if not self._may_read(request):
             raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed", "origin")
         if self.status.client_count >= self.status.max_clients:

@@ -36,8 +36,8 @@ def price_server(messages: list[str]) -> None:
     if hasattr(price_server.PriceServer, "ping_interval"):  # an earlier one
         price_server.PriceServer.ping_interval = price_server.PriceServer.behind_timeout = math.inf
     else:
-        importlib.import_module("price_server.hub").HEARTBEAT_INTERVAL = math.inf
-        importlib.import_module("price_server.connection").SLOW_CLIENT_TIMEOUT = math.inf
+        vars(importlib.import_module("price_server.hub"))["HEARTBEAT_INTERVAL"] = math.inf
+        vars(importlib.import_module("price_server.connection"))["SLOW_CLIENT_TIMEOUT"] = math.inf
     updates = [PriceUpdate(**json.loads(message)) for message in messages]
     server = price_server.PriceServer([update.asset_id for update in updates], max_clients=1_000_000)
     server.run_forever(threaded=True)

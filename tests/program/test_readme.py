@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -144,17 +143,21 @@ def test_a_callback_that_waits_in_a_thread_of_its_own_delays_nobody(
         names["workers"].shutdown()  # type: ignore[attr-defined]
 
 
-def test_the_history_is_copied_while_the_program_runs(tmp_path: Path) -> None:
-    command = block("sh", "sqlite3")
-    assert command.count("\n") == 1
-    with Tracker("--demo", "--interval", "0.2", "--history", str(tmp_path / "prices.db")) as tracker:
-        wait_for(lambda: requests.get(tracker.http + "/history", timeout=5).json()["BTC"])
-        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, timeout=20)
-        tracker.wait_for_log("INFO")
-    with Tracker("--demo", "--interval", "60", "--history", str(tmp_path / "copy.db")) as copy:
-        past = requests.get(copy.http + "/history", timeout=5).json()["BTC"]
-        assert past[0][0] < time.time()
-        assert copy.find("WARNING|ERROR") is None
+def test_a_token_lets_only_those_in_that_know_it(tmp_path: Path) -> None:
+    guarded = program(tmp_path, "guarded.py", block("python", "FEED_TOKEN"))
+    with Tracker("--demo", program=str(guarded), PYTHONPATH=str(ROOT), FEED_TOKEN="sesame") as tracker:
+        with connect(f"{tracker.ws}?token=sesame&assets=BTC") as client:
+            assert json.loads(client.recv(5))["asset_id"] == "BTC"
+        for path in ("/stream", "/stream?token=open"):
+            refused = requests.get(tracker.http + path, timeout=5, stream=True)
+            assert (refused.status_code, refused.json()) == (403, {"error": "the feed needs ?token="})
+        assert requests.get(tracker.http + "/prices", timeout=5).status_code == 200
+        metrics = requests.get(tracker.http + "/metrics", timeout=5).text
+        assert 'price_tracker_clients_refused_total{reason="token"} 2' in metrics
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert README.count("\n") <= 260
 
 
 def test_the_threads_of_the_readme_are_those_of_the_program() -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from calling import Done
@@ -264,12 +265,12 @@ def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
     assert made[0].calls == [True, (1001, b"server is stopping")]
 
 
-@pytest.mark.parametrize("name", ["history", "server"])
+@pytest.mark.parametrize("name", ["archive", "server"])
 def test_a_server_without_one_of_its_threads_is_exit_1_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Done], name: str
+    monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Done], tmp_path: Path, name: str
 ) -> None:
     refuse_thread(monkeypatch, name)
-    done = run_main("--demo", "--port", "0")
+    done = run_main("--demo", "--port", "0", "--history", str(tmp_path / "past.db"))
     assert (done.status, done.log[0]) == (1, "ERROR cannot start: can't start new thread")
 
 

@@ -209,7 +209,7 @@ def test_history_fetched_a_hundred_times_a_second_delays_no_poll(filled: PriceSe
         for thread in threads:
             thread.start()
         longest = 0.0
-        for poll in range(12):
+        for poll in range(1, 13):
             wait_for(lambda poll=poll: len(fetched) > poll * 4)  # type: ignore[misc]
             started = time.monotonic()
             filled.publish(updates(float(poll)))

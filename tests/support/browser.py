@@ -20,9 +20,12 @@ from price_server import PriceServer
 
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1280,800"""
-# Clocks that a test moves (milliseconds), and whether the page is looked at.
+# Clocks that a test moves (milliseconds), what the page does once a second, and whether it is looked at.
 CLOCKS = """{
-    window.clock = {wall: 0, steady: 0, hidden: false};
+    window.clock = {wall: 0, steady: 0, hidden: false, held: false, ticks: [],
+                    tick: () => clock.ticks.forEach((f) => f())};
+    const setReal = window.setInterval.bind(window);
+    window.setInterval = (f, ms) => clock.ticks.push(f) && setReal(() => { if (!clock.held) f(); }, ms);
     const wall = Date.now, steady = performance.now.bind(performance);
     Date.now = () => wall() + clock.wall;
     performance.now = () => steady() + clock.steady;
@@ -96,7 +99,7 @@ class Page:
 
     def pass_time(self, seconds: float, asleep: bool = False) -> None:
         """In the page only; asleep: as on systems where the steady clock stands still in sleep."""
-        script = "clock.wall += 1000 * arguments[0]; clock.steady += 1000 * arguments[1]; tick()"
+        script = "clock.wall += 1000 * arguments[0]; clock.steady += 1000 * arguments[1]; clock.tick()"
         self.run(script, seconds, 0 if asleep else seconds)
 
     def requests(self) -> list[str]:

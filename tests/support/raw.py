@@ -4,6 +4,7 @@ What comes back is read by the frame parser of `websockets`, which is as strict 
 """
 
 import json
+import math
 import secrets
 import socket
 import struct
@@ -18,7 +19,6 @@ from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
 
 from price_server import PriceServer
-from price_server.connection import Connection
 
 CONT, TEXT, BINARY = Opcode.CONT, Opcode.TEXT, Opcode.BINARY
 CLOSE, PING, PONG = Opcode.CLOSE, Opcode.PING, Opcode.PONG
@@ -115,12 +115,11 @@ class RawClient:
     """A client that sends any bytes; `with RawClient(port) as client:` leaves it connected and upgraded."""
 
     def __init__(
-        self, port: int, upgrade: bytes | None = None, behind: bytes = b"", receive_buffer: int = 0, timeout: float = 10
+        self, port: int, upgrade: bytes = b"", after: bytes = b"", receive_buffer: int = 0, timeout: float = 10
     ):
         self.socket = visit(port, receive_buffer=receive_buffer, timeout=timeout)
-        self.unsent = b""  # the rest of a frame
         self.file = self.socket.makefile("rb")
-        self.socket.sendall((upgrade or request()) + behind)
+        self.socket.sendall((upgrade or request()) + after)
         self.status = read_head(self.file).partition(b"\r\n")[0]
 
     def __enter__(self) -> "RawClient":
@@ -182,14 +181,16 @@ class RawClient:
         reset(self.socket)
 
 
-def visit(port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10) -> socket.socket:
+def visit(
+    port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10, host: str = "127.0.0.1"
+) -> socket.socket:
     """A connection that has sent these bytes."""
-    sock = socket.socket()
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_buffer)
     sock.settimeout(timeout)
-    sock.connect(("127.0.0.1", port))
+    sock.connect((host, port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(data)
     return sock
@@ -216,7 +217,7 @@ def ask(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 def honest(server: PriceServer, path: str = "/ws") -> ClientConnection:
-    """A client of another maker, which reads all that comes."""
+    """A client of another maker, which reads all that arrives."""
     return connect(f"ws://127.0.0.1:{server.port}{path}", proxy=None, max_queue=None)
 
 
@@ -226,7 +227,7 @@ def prices(client: ClientConnection, number: int) -> list[tuple[str, float]]:
     return [(message["asset_id"], message["price"]) for message in messages]
 
 
-# What tests put into a server, and ask it
+# What tests put into a server
 
 
 class Clock:
@@ -239,117 +240,150 @@ class Clock:
         return self.now
 
 
-def pass_time(server: PriceServer, seconds: float) -> None:
-    """Let this time pass at once, and return when the housekeeping and the pings that fell due are done."""
-    clock, done = server.clock, threading.Event()
-    assert isinstance(clock, Clock)
-    assert seconds >= server.housekeeping_interval
+class Socket:
+    """In the place of an accepted socket. It takes `room` bytes and no more until that is set again.
 
-    def note() -> None:
-        if server._next_check > clock.now:  # or it began before the time passed
-            done.set()
+    before: called before each send and receive. sizes: how many bytes each send was given.
+    """
 
-    server.call(lambda: None)  # a step that is under way still sets its deadline by the old time
-    server.service_actions = note  # type: ignore[method-assign]
-    clock.now += seconds
-    server.call(lambda: None)
-    assert done.wait(10), "no housekeeping"
-    wait_for(lambda: not server._callbacks, what="all pinged")
-    server.call(lambda: None)
-
-
-def connections(server: PriceServer) -> int:
-    """How many are open, clients or not."""
-    number: int = server.call(lambda: len(server._visitors) + len(server._answered) + len(server._clients))
-    return number
-
-
-def gone(server: PriceServer) -> None:
-    wait_for(lambda: not server.clients, what="no client left")
-
-
-def last_connection(server: PriceServer) -> Connection:
-    """Of the client that came last."""
-    connection: Connection = server.clients[-1]["handler"]
-    return connection
-
-
-class Narrow:
-    """In the place of a connection's socket: it takes `room` bytes, and no more until that is set again."""
-
-    def __init__(self, sock: Any):
+    def __init__(self, sock: socket.socket, room: float):
         self.socket = sock
-        self.room = 0
+        self.room = room
+        self.before: Callable[[], object] = lambda: None
+        self.sizes: list[int] = []
 
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
+        self.before()
         if not self.room:
-            time.sleep(0.001)  # in truth it is not full, and so always ready: the loop would spin
+            time.sleep(0.001)  # the real socket is not full, and so always ready: the loop would spin
             raise BlockingIOError
-        sent: int = self.socket.send(data[: self.room], flags)
+        self.sizes.append(len(data))
+        sent = self.socket.send(data[: int(min(self.room, len(data)))], flags)
         self.room -= sent
         return sent
+
+    def recv(self, size: int) -> bytes:
+        self.before()
+        return self.socket.recv(size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.socket, name)
 
 
-def narrow(server: PriceServer, room: int = 0) -> Narrow:
-    """The client that came last gets a narrow socket with so much room."""
-    connection = last_connection(server)
-    narrowed = Narrow(connection.socket)
-    narrowed.room = room
-    server.call(lambda: setattr(connection, "socket", narrowed))
+class Listener:
+    """In the place of a listening socket: it accepts `Socket`s, and fails while `error` is set."""
+
+    def __init__(self, sock: socket.socket):
+        self.socket = sock
+        self.accepted: list[Socket] = []
+        self.room = math.inf  # of the next ones
+        self.address = ""  # that they are said to come from
+        self.error = self.failed = 0
+
+    def accept(self) -> tuple[Socket, Any]:
+        if self.error:
+            self.failed += 1
+            raise OSError(self.error, "Too many open files")
+        sock, address = self.socket.accept()
+        self.accepted.append(Socket(sock, self.room))
+        return self.accepted[-1], (self.address or address[0], *address[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.socket, name)
+
+
+class RiggedServer(PriceServer):
+    """One whose sockets a test can fill, watch and break: `server.listener.accepted`, the newest last."""
+
+    def server_activate(self) -> None:
+        super().server_activate()
+        self.socket = self.listener = Listener(self.socket)  # type: ignore[assignment]
+
+
+def narrow(server: RiggedServer, room: int = 0) -> Socket:
+    """Let the socket that was accepted last take so many bytes and no more."""
+    narrowed = server.listener.accepted[-1]
+    call(server, lambda: setattr(narrowed, "room", room))
     return narrowed
 
 
-def widen(server: PriceServer, narrowed: Narrow, room: int = 1 << 30) -> None:
-    """Give it room, and return when the server has used it or has nothing more to send."""
-    connection = next(each["handler"] for each in server.clients if each["handler"].socket is narrowed)
+def widen(server: PriceServer, narrowed: Socket, room: int) -> None:
+    """Give it room, and return when the server has used it; it must have something to send."""
     narrowed.room = room
-    wait_for(lambda: not narrowed.room or not (connection.kept or connection.owed), what="sent what there is room for")
-    server.call(lambda: None)
+    wait_for(lambda: not narrowed.room, what="sent what there is room for")
+    call(server, lambda: None)
 
 
 class Blocked:
-    """`with Blocked(server):` keeps the server thread busy, so that what comes meanwhile is met in one go."""
+    """`with Blocked(server):` keeps the server thread busy, so that what arrives meanwhile is met in one go."""
 
     def __init__(self, server: PriceServer):
         self.server = server
         self.began, self.release = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=lambda: server.call(self._block))
 
     def _block(self) -> None:
         self.began.set()
         assert self.release.wait(20)
 
     def __enter__(self) -> "Blocked":
-        self.thread.start()
+        call_soon(self.server, self._block)
         assert self.began.wait(10)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release.set()
-        self.thread.join(10)
 
 
-def preceded(function: Callable[..., Any], note: Callable[[], object]) -> Callable[..., Any]:
-    """The function, with a note made before it."""
-
-    def both(*arguments: Any) -> Any:
-        note()
-        return function(*arguments)
-
-    return both
+# What tests ask a server. Only these functions know where it keeps its loop and its counters.
 
 
-def one_after_the_other(*functions: Callable[[], object]) -> Callable[[], None]:
-    """All of these as one."""
+def call(server: PriceServer, function: Callable[[], Any]) -> Any:
+    """Run it in the server thread."""
+    return server._loop.call(function)
 
-    def all_of_them() -> None:
-        for function in functions:
-            function()
 
-    return all_of_them
+def call_soon(server: PriceServer, function: Callable[[], Any]) -> None:
+    server._loop.call_soon(function)
+
+
+def wait_for_calls(server: PriceServer, number: int) -> None:
+    """Return when so many functions wait for a server thread that is busy."""
+    wait_for(lambda: len(server._loop._calls) == number, what=f"{number} functions waiting")
+
+
+def pass_time(server: PriceServer, seconds: float) -> None:
+    """Let this time pass at once, and return when the housekeeping and the heartbeats that fell due are done."""
+    clock = server._loop.clock
+    assert isinstance(clock, Clock)
+    call(server, lambda: None)  # a step that is under way still sets its deadline by the old time
+    clock.now += seconds
+    for _ in range(5):  # timers run after the functions that wait, and hand over further ones
+        call(server, lambda: None)
+
+
+def sample(server: PriceServer, name: str) -> float:
+    """One sample of /metrics, by its name without `price_tracker_`; a request for it would be a visitor."""
+    lines = call(server, server._status.metrics).splitlines()
+    (value,) = [line.rpartition(" ")[2] for line in lines if line.rpartition(" ")[0] == f"price_tracker_{name}"]
+    return float(value)
+
+
+def dropped(server: PriceServer) -> dict[str, int]:
+    """How many clients were dropped, by reason."""
+    return {reason: number for reason, number in server._status.dropped.items() if number}
+
+
+def held(server: PriceServer) -> float:
+    return sample(server, "held_bytes")
+
+
+def connections(server: PriceServer) -> float:
+    """How many are open, clients or not."""
+    return sample(server, "clients") + sample(server, "visitors")
+
+
+def gone(server: PriceServer) -> None:
+    wait_for(lambda: not server.clients, what="no client left")
 
 
 def wait_for_value(read: Callable[[], object], value: object) -> None:
@@ -361,16 +395,3 @@ def in_thread(function: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
     return thread
-
-
-def count(server: PriceServer, name: str) -> float:
-    """One sample of /metrics, by its name without `price_tracker_`."""
-    _, _, body = ask(server.port, get("/metrics"))
-    (value,) = [
-        line.rpartition(" ")[2] for line in body.decode().splitlines() if line.startswith(f"price_tracker_{name} ")
-    ]
-    return float(value)
-
-
-def took(began: float) -> float:
-    return time.monotonic() - began

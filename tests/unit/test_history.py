@@ -94,6 +94,14 @@ def test_ranges_say_what_they_are_and_since_when_there_is_something() -> None:
     assert past.since("1h") is None, "all is ahead of the clock"
 
 
+def test_a_point_of_this_moment_is_shown_and_one_a_millisecond_ahead_is_not() -> None:
+    past = Past("BTC")
+    past.load(Loaded(10, {"BTC": b"[1799999990.000,1],[1800000000.000,2]"}))
+    assert past.points() == [[NOON - 10, 1], [NOON, 2]]
+    past.now = NOON - 0.001
+    assert past.points() == [[NOON - 10, 1]]
+
+
 def test_an_answer_is_json_with_the_prices_as_the_feed_sends_them() -> None:
     past = Past()
     past.poll("45000.10", "BTC", at=NOON + 0.12345)

@@ -59,6 +59,13 @@ def test_nothing_else_is_served_in_any_spelling(folder: Path, path: str) -> None
     assert Pages(folder).find(path, "gzip") is None
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_a_name_that_means_a_path_on_another_system_is_not_served(folder: Path) -> None:
+    for name in ("sub\\main.js", "C:main.js"):
+        (folder / name).touch()
+        assert Pages(folder).find(f"/{name}") is None
+
+
 def test_links_may_lead_to_files_inside_only(folder: Path, tmp_path: Path) -> None:
     (folder / "out.txt").symlink_to(tmp_path / "secret.txt")
     (folder / "two").symlink_to(tmp_path / "page-two")

@@ -260,7 +260,7 @@ def test_an_asset_that_has_no_price_yet_is_503(site: Site) -> None:
 
 def test_the_range_is_an_hour_unless_the_query_says_so(site: Site) -> None:
     assert json.loads(get(site, "/history").body) == {"1h": list(ALL)}
-    assert json.loads(get(site, "/history?range=7d&assets=btc&format=json").body) == {"7d": ["BTC"]}
+    assert json.loads(get(site, "/history?range=7d&assets=btc&format=csv&format=json").body) == {"7d": ["BTC"]}
     assert json.loads(get(site, "/history?range=7d&range=1y").body) == {"1y": list(ALL)}
 
 
@@ -318,6 +318,11 @@ def test_a_file_of_the_page_is_asked_for_again_and_sent_once(site: Site) -> None
     assert get(site, "/main.js").body == b"1;" * 500
     assert get(site, "/main.js", "HEAD").headers["Content-Length"] == "1000"
     assert get(site, "/sub/logo.png").headers["Content-Type"] == "image/png"
+
+
+def test_an_empty_file_has_a_length(tmp_path: Path) -> None:
+    (tmp_path / "empty.css").touch()
+    assert get(make_site(tmp_path), "/empty.css").headers["Content-Length"] == "0"
 
 
 def test_a_route_wins_over_a_file(priced: Site) -> None:

@@ -1,0 +1,202 @@
+// The connection: WebSocket; where that does not pass, Server-Sent Events; where neither opens, /prices now and then.
+
+import { ASLEEP, followServer, hasSlept, now, steady } from './clock.js';
+import { ask, backoff, openLine } from './line.js';
+
+const PATIENCE = 20;  // seconds for an answer of /healthz, and for the feed to open while there is none
+const OPENING = 5;  // seconds for one way to open once /healthz has answered: then the next is tried
+const CHECK = 15;  // seconds between two looks at /healthz while it is unknown or no prices come, and two of /prices
+const SOCKET_AGAIN = 300;  // seconds between two tries of WebSocket while /stream serves
+
+export class Feed {
+  phase = 'waiting';  // for the next attempt; 'opening', 'open', or 'paused' until somebody looks
+  trouble = 'connecting';  // the state to show until it serves prices: also 'lost', 'full' or 'blocked'
+  failures = 0;  // attempts in a row without a price
+  health = null;  // the last answer of /healthz
+  polled = -Infinity;  // when the prices on the page were polled, by now()
+  assets = [];  // that are followed, in the order of the address; known when /healthz has answered
+  only = '';  // the same, as the server is asked for them; '' for all
+  answered = false;  // /healthz has, in this attempt
+  #attempt = 0;  // its number: an answer that belongs to an earlier one says nothing
+  #deadline = Infinity;  // of what phase waits for, by steady()
+  #looked = 0;  // when /healthz was asked, by steady(); Infinity while it is
+  #line = null;  // in use, or opening
+  #trial = null;  // of WebSocket, beside a stream that serves
+  #isRefused = false;  // before /healthz had answered
+  #socketAgain = 0;  // when WebSocket is tried again, by steady()
+  #asked = -Infinity;  // when /prices was, by steady()
+  #isPolling = false;  // /prices has answered since the feed was lost
+
+  // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
+  // isNew: of a poll just made; isGap: the first after a while without.
+  constructor(wanted, on) {
+    this.wanted = wanted;
+    this.on = on;
+  }
+
+  get query() { return this.only && `?assets=${this.only}`; }
+  get isFull() { return this.health.clients >= this.health.max_clients; }
+  get hasNothingYet() { return this.answered && this.assets.every((id) => this.health.without_price.includes(id)); }
+  // Prices have come on this connection, or there are none to come.
+  get isServed() { return this.phase === 'open' && (this.#line.seen.size > 0 || this.hasNothingYet); }
+  hasSeen(asset) { return Boolean(this.#line?.seen.has(asset)); }
+
+  hangUp(phase, seconds = Infinity) {
+    this.#line?.close();
+    this.#trial?.close();
+    this.#line = this.#trial = null;
+    [this.phase, this.#deadline] = [phase, steady() + seconds];
+  }
+
+  connect() {
+    this.hangUp('opening', PATIENCE);
+    this.#attempt += 1;
+    this.answered = this.#isRefused = false;
+    if (this.health || !this.wanted.length) this.#openFirst();  // otherwise when /healthz has told which there are
+    this.look();
+  }
+
+  #openFirst() {
+    this.#open(steady() < this.#socketAgain ? 'stream' : 'socket');
+  }
+
+  #open(kind) {
+    this.#line?.close();
+    this.phase = 'opening';
+    this.#line = this.#openLine(kind);
+    if (this.answered) this.#deadline = steady() + OPENING;
+  }
+
+  #openLine(kind) {
+    return openLine(kind, this.query, {
+      opened: (line) => this.#opened(line),
+      message: (line, event) => this.#receive(line, JSON.parse(event.data)),
+      closed: (line) => this.#closed(line),
+    });
+  }
+
+  #opened(line) {
+    if (line === this.#trial) return;
+    this.phase = 'open';
+    this.#deadline = steady() + OPENING;  // for the first price: a proxy may hold back what it should pass on
+    this.on.opened();
+  }
+
+  #receive(line, update) {
+    if (!update.asset_id) return;
+    if (line === this.#trial) {  // it passes again: the stream has done its work
+      line.follows = this.#line;
+      this.#line.close();
+      [this.#line, this.#trial] = [line, null];
+    }
+    if (this.phase !== 'paused' && hasSlept()) return this.on.slept();
+    const isFirst = !line.seen.has(update.asset_id);  // it may be old
+    const isNew = !isFirst || (this.answered && this.health.age_seconds === null);
+    const isGap = isFirst && !line.follows?.seen.has(update.asset_id);
+    line.seen.add(update.asset_id);
+    this.#isPolling = false;
+    if (isNew) this.polled = now();
+    this.on.price(update, { at: this.polled, isNew, isGap });
+  }
+
+  #closed(line) {
+    if (line === this.#trial) this.#trial = null;
+    else if (this.phase === 'opening') this.#fail();
+    else this.#lose('lost');
+  }
+
+  // This way does not open, or nothing comes on it: the next one, or none for now.
+  #fail() {
+    const { kind } = this.#line;
+    this.#line.close();
+    if (!this.answered && this.#looked === Infinity) this.#isRefused = true;  // /healthz tells why
+    else if (!this.answered) this.#lose('lost');
+    else if (kind === 'socket' && !this.isFull) {
+      this.#socketAgain = steady() + SOCKET_AGAIN;
+      this.#open('stream');
+    } else {
+      this.#socketAgain = 0;
+      this.#lose(this.isFull ? 'full' : 'blocked');
+    }
+  }
+
+  #lose(trouble) {
+    this.failures = this.#line?.seen.size ? 1 : this.failures + 1;
+    this.trouble = trouble;
+    this.hangUp('waiting', backoff(this.failures));
+    this.on.changed();
+  }
+
+  // At /healthz, beside each attempt: a server that was restarted may differ. Again when the feed is silent: the server
+  // has no prices, the network is gone without a word, or the computer slept. The last two need a new connection.
+  async look() {
+    const attempt = this.#attempt, { answered } = this, asked = Date.now();
+    this.#looked = Infinity;
+    const answer = await ask('healthz', PATIENCE);
+    if (attempt !== this.#attempt) return;
+    this.#looked = steady();
+    if (!answer?.assets) {
+      if (this.#isRefused || (this.phase === 'open' && answered)) this.#lose('lost');
+    } else if (this.#takeHealth(answer, (asked + Date.now()) / 2000)) {
+      return this.connect();  // what came went to rows that are no more
+    } else {
+      this.answered = true;
+      if (this.phase === 'opening') this.#goOn();
+      else if (this.phase === 'open' && answered && this.health.polled - this.polled > ASLEEP) this.connect();
+    }
+    this.on.changed();
+  }
+
+  // With an attempt, now that /healthz has answered.
+  #goOn() {
+    this.#deadline = steady() + OPENING;
+    if (this.#isRefused) this.#fail();
+    else if (!this.#line) this.#openFirst();
+  }
+
+  // Once a second. isLive: nothing has to be asked.
+  tick(isLive) {
+    const { phase } = this, isDue = steady() > this.#deadline, isPast = (at, seconds) => steady() - at > seconds;
+    if (phase === 'waiting' && isDue) this.connect();
+    else if (phase === 'opening' && isDue) this.answered ? this.#fail() : this.#lose('lost');
+    else if (phase === 'open' && isDue && this.answered && !this.isServed) this.#fail();
+    else if (phase === 'open' && isPast(this.#looked, CHECK) && !(isLive && this.answered)) this.look();
+    else if (phase === 'open' && this.#line.kind === 'stream' && isPast(this.#socketAgain, 0)) this.#trySocket();
+    const isShut = phase !== 'open' && (this.trouble === 'full' || this.trouble === 'blocked');
+    if (isShut && isPast(this.#asked, CHECK)) this.#askPrices();
+  }
+
+  #trySocket() {
+    this.#socketAgain = steady() + SOCKET_AGAIN;
+    this.#trial?.close();
+    this.#trial = this.#openLine('socket');
+  }
+
+  // Their time is what /healthz said, which each attempt to connect asks.
+  async #askPrices() {
+    this.#asked = steady();
+    const updates = await ask(`prices${this.query}`, PATIENCE);
+    if (this.isServed || !Array.isArray(updates)) return;
+    const isGap = !this.#isPolling, isNew = !isGap && this.health.polled > this.polled + 0.05;
+    this.#isPolling = true;
+    this.polled = Math.max(this.polled, this.health.polled);
+    for (const update of updates) this.on.price(update, { at: this.polled, isNew, isGap });
+  }
+
+  // Whether it is of something else than before.
+  #takeHealth(health, at) {
+    const previous = this.health, { wanted } = this;
+    const isOther = previous && (health.quote !== previous.quote || health.source !== previous.source);
+    if (!previous) this.polled += health.time - at;
+    if (isOther) this.polled = -Infinity;
+    followServer(health.time, at);
+    health.polled = health.time - (health.age_seconds ?? Infinity);  // by its own word; -Infinity before it did
+    this.health = health;
+    this.polled = Math.min(this.polled, now());  // of a clock that was set back meanwhile
+    const known = wanted.filter((asset) => health.assets.includes(asset));
+    this.only = known.length < health.assets.length ? known.join() : '';
+    this.assets = known.length ? known : health.assets;
+    this.on.health(isOther);
+    return isOther;
+  }
+}

@@ -1,0 +1,188 @@
+// The rows: which there are and in which order, and what each says of its price.
+
+import * as address from './address.js';
+import { byId, setText } from './dom.js';
+import { commonDecimals, formatAge, formatChange, formatPrice, formatTime } from './format.js';
+import { now } from './clock.js';
+
+const TINT = 0.7;  // seconds that a changed price is tinted, and at most a third of the interval
+const WRONG = 300;  // seconds that the time of an asset may be from that of the poll: CoinAPI's lag by about 30 s
+const DIRECTIONS = { '+': ['up', '▲'], '−': ['down', '▼'] };
+
+function makeRow(asset) {
+  const tr = byId('row').content.cloneNode(true).firstElementChild;
+  const parts = Object.fromEntries([...tr.querySelectorAll('[data-part]')].map((part) => [part.dataset.part, part]));
+  setText(parts.asset, asset);
+  parts.chart.setAttribute('aria-label', `${asset} chart`);
+  parts.bell.setAttribute('aria-label', `Alert for ${asset}`);
+  return {
+    asset, tr, parts, price: null, time: 0,  // time: CoinAPI's, epoch seconds; 0 for none
+    points: [],  // [epoch seconds, price], oldest first
+    base: null, change: null,  // the point that the change is counted from
+    low: Infinity, high: -Infinity, decimals: 0,
+    reading: null,  // the point that is pointed at
+    alert: null, isAway: true, at: -Infinity,  // whether a crossing may have been missed since the poll at `at`
+    isMoved: false, isFilteredOut: false,
+  };
+}
+
+// What is wrong with the time of each asset, and with all of them: by the server's time of the poll, `polled`.
+export function findWrongTimes(times, polled) {
+  const offsets = times.map((time) => (time ? time - polled : 0));
+  const known = offsets.filter((_, i) => times[i]), low = Math.min(...known), high = Math.max(...known);
+  if (known.length > 1 && high - low <= WRONG && Math.min(Math.abs(low), Math.abs(high)) > WRONG) {
+    return { notes: times.map(() => ''), clocks: Math.abs(low + high) / 2 };
+  }
+  const tell = (offset) => `${formatAge(Math.abs(offset))} ${offset < 0 ? 'behind' : 'ahead'}`;
+  return { notes: offsets.map((offset) => (Math.abs(offset) > WRONG ? tell(offset) : '')), clocks: 0 };
+}
+
+export function compareRows(by, way) {
+  return (one, other) => {
+    const [a, b] = [one[by], other[by]];
+    if (a === null || b === null) return (a === null) - (b === null);  // without a value: last
+    return way * ((a > b) - (a < b));
+  };
+}
+
+export class Table {
+  rows = [];  // in the order of the address, or as tracked
+  #byAsset = new Map();
+  #body = byId('rows');
+  #changed = new Set();
+  #tinted = [];
+  #filter = '';
+  #by = '';
+  #way = 1;
+
+  // on: arranged(), tint(): the interval in seconds
+  constructor(on) {
+    this.on = on;
+    const [, sign, by] = /^(-?)(asset|price|change)$/.exec(address.get('sort')) ?? [];
+    if (by) [this.#by, this.#way] = [by, sign ? -1 : 1];
+    this.#showSort();
+  }
+
+  find(asset) { return this.#byAsset.get(asset); }
+  get shown() { return this.rows.filter((row) => !row.isFilteredOut); }
+
+  // Those rows that there are stay.
+  arrange(assets) {
+    this.rows = assets.map((asset) => this.find(asset) ?? makeRow(asset));
+    this.#byAsset = new Map(this.rows.map((row) => [row.asset, row]));
+    this.link();
+    this.#body.replaceChildren(...this.rows.map((row) => row.tr));
+    this.filter(this.#filter);
+    this.sort();
+  }
+
+  // To each asset alone, and to all; what else the address says is kept.
+  link() {
+    byId('all').href = address.linkTo('');
+    for (const { asset, parts } of this.rows) {
+      if (this.rows.length > 1) parts.asset.href = address.linkTo(asset);
+      else parts.asset.removeAttribute('href');
+    }
+  }
+
+  clear() {
+    this.rows = [];
+    this.#byAsset.clear();
+    this.#changed.clear();
+  }
+
+  filter(text) {
+    this.#filter = text;
+    for (const row of this.rows) row.tr.hidden = row.isFilteredOut = !row.asset.includes(text.trim().toUpperCase());
+    this.on.arranged();
+  }
+
+  // Again and again: one way, the other way, as it was.
+  sortBy(by) {
+    const first = by === 'asset' ? 1 : -1;
+    if (by !== this.#by) [this.#by, this.#way] = [by, first];
+    else if (this.#way === first) this.#way = -first;
+    else [this.#by, this.#way] = ['', 1];
+    address.set('sort', `${this.#by && this.#way < 0 ? '-' : ''}${this.#by}`);
+    this.#showSort();
+    this.link();
+    this.sort();
+  }
+
+  sort() {
+    const sorted = this.#by ? this.rows.slice().sort(compareRows(this.#by, this.#way)) : this.rows;
+    const { children } = this.#body;
+    sorted.forEach(({ tr }, i) => { if (tr !== children[i]) this.#body.insertBefore(tr, children[i]); });
+  }
+
+  // Never under somebody's hand.
+  sortUnlessUsed() {
+    if (this.#by && !this.#body.matches(':hover, :focus-within')) this.sort();
+  }
+
+  #showSort() {
+    for (const head of document.querySelectorAll('[data-sort]')) {
+      const way = head.dataset.sort !== this.#by ? 'none' : this.#way > 0 ? 'ascending' : 'descending';
+      head.setAttribute('aria-sort', way);
+    }
+  }
+
+  // Shown with the next frame, all that came at once; a hidden page has none.
+  change(row, price, isNew) {
+    row.price = price;
+    row.isMoved ||= isNew;
+    this.#changed.add(row);
+    if (this.#changed.size === 1 && !document.hidden) requestAnimationFrame(() => this.flush());
+  }
+
+  flush() {
+    for (const row of this.#changed) this.#show(row);
+    this.#changed.clear();
+  }
+
+  #show(row) {
+    const { price: part, change, trend, arrow, chart } = row.parts, { price, base } = row, before = part.textContent;
+    row.decimals = commonDecimals([...row.points.slice(-19).map((point) => point[1]), price]);
+    setText(part, formatPrice(price, row.decimals));
+    if (row.isMoved && row.shownPrice && part.textContent !== before) this.#tint(part, price > row.shownPrice);
+    row.shownPrice = price;
+    row.isMoved = false;
+    row.change = base ? price / base[1] - 1 : null;
+    setText(change, base ? formatChange(row.change) : '–');
+    const [direction, mark] = DIRECTIONS[change.textContent[0]] ?? ['', ''];
+    if (trend.className !== direction) trend.className = chart.className = direction;
+    setText(arrow, mark);
+    showExtent(row);
+  }
+
+  #tint(part, isUp) {
+    part.className = isUp ? 'up' : 'down';
+    if (this.#tinted.push(part) > 1) return;
+    const seconds = Math.min(TINT, this.on.tint() / 3);
+    setTimeout(() => { while (this.#tinted.length) this.#tinted.pop().className = ''; }, seconds * 1000);
+  }
+
+  // What is wrong with one asset. Returns by how much all times are off, or 0.
+  mark(isLive, polled, hasSeen) {
+    const { notes, clocks } = findWrongTimes(this.rows.map(({ time }) => time), polled);
+    this.rows.forEach((row, i) => {
+      const last = row.points[row.points.length - 1];
+      const missing = last ? `no price since ${formatTime(last[0], now())}` : 'no price yet';
+      const note = !isLive ? '' : hasSeen(row.asset) ? notes[i] : missing;
+      row.tr.classList.toggle('old', Boolean(note));
+      setText(row.parts.note, note);
+    });
+    return isLive ? clocks : 0;
+  }
+}
+
+// No price that is shown in a row may be outside the low and high beside it.
+export function showExtent(row) {
+  const shown = [row.price ?? row.low, row.reading?.[1] ?? row.low];
+  row.low = Math.min(row.low, ...shown);
+  row.high = Math.max(row.high, ...shown);
+  const [low, high] = row.base ? [row.low, row.high].map((price) => formatPrice(price, row.decimals)) : ['', ''];
+  setText(row.parts.low, low);
+  setText(row.parts.high, high);
+  setText(row.parts.extent, low && `low ${low} · high ${high}`);
+}
