@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from raw import Clock, RiggedServer
+from rigged import Clock, RiggedServer
 from running import ASSETS
 from stand_in import StandIn
 

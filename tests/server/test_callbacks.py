@@ -6,31 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from raw import (
-    CLOSE,
-    PING,
-    PONG,
-    TEXT,
+from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, get, honest, prices, request, visit
+from raw import reset as hang_up
+from rigged import (
     Blocked,
-    RawClient,
     RiggedServer,
-    ask,
     call,
     call_soon,
     dropped,
-    frame,
-    get,
     gone,
-    honest,
     in_thread,
     pass_time,
-    prices,
-    request,
-    visit,
     wait_for_calls,
     wait_for_value,
 )
-from raw import reset as hang_up
 from running import ASSETS, wait_for
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 
@@ -96,7 +85,11 @@ def test_a_callback_that_raises_reaches_no_client_and_nobody_is_forgotten(
     calls: list[str] = []
 
     def callback(name: str) -> Callable[..., None]:
-        return lambda *_: calls.append(name) or bad()
+        def note_and_raise(*_: object) -> None:
+            calls.append(name)
+            bad()
+
+        return note_and_raise
 
     server.set_fn_new_client(callback("came"))
     server.set_fn_client_left(callback("left"))

@@ -6,24 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from raw import (
-    BINARY,
-    PING,
-    PONG,
-    TEXT,
-    Blocked,
-    RawClient,
-    RiggedServer,
-    fragments,
-    frame,
-    get,
-    in_thread,
-    narrow,
-    pass_time,
-    request,
-    visit,
-    wait_for_value,
-)
+from raw import BINARY, PING, PONG, TEXT, RawClient, fragments, frame, get, request, visit
+from rigged import Blocked, RiggedServer, in_thread, narrow, pass_time, wait_for_value
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate

@@ -9,25 +9,8 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from raw import (
-    RawClient,
-    RiggedServer,
-    ask,
-    connections,
-    dropped,
-    get,
-    gone,
-    held,
-    in_thread,
-    narrow,
-    pass_time,
-    read_all,
-    read_head,
-    request,
-    sample,
-    visit,
-    wait_for_value,
-)
+from raw import RawClient, ask, get, read_all, read_head, request, visit
+from rigged import RiggedServer, connections, dropped, gone, held, in_thread, narrow, pass_time, sample, wait_for_value
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate
@@ -61,7 +44,7 @@ class Stream:
 
     def read(self) -> str:
         """The data of the next event, or a comment line."""
-        data = []
+        data: list[str] = []
         while (line := self.file.readline()) != b"\n":
             if line.startswith(b":"):
                 assert not data, "a comment inside an event"

@@ -6,29 +6,12 @@ Where the bytes fall matters, the client's socket takes just so many (`narrow`).
 import json
 import math
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
-from raw import (
-    CLOSE,
-    PING,
-    PONG,
-    TEXT,
-    RawClient,
-    RiggedServer,
-    connections,
-    frame,
-    honest,
-    in_thread,
-    narrow,
-    parse,
-    prices,
-    request,
-    sample,
-    wait_for_calls,
-    wait_for_value,
-    widen,
-)
+from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request
+from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value, widen
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate
@@ -123,7 +106,7 @@ def test_a_client_that_comes_during_publishes_misses_nothing(server: PriceServer
 def test_a_publish_in_the_middle_of_another_waits_and_takes_no_price_back_in_time(
     rigged: RiggedServer, updates: Updates
 ) -> None:
-    threads = []
+    threads: list[threading.Thread] = []
 
     def publish_again() -> None:  # while the first client's frames go out
         if not threads:

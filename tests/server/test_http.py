@@ -12,25 +12,8 @@ from collections.abc import Callable
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
-from raw import (
-    Clock,
-    RawClient,
-    RiggedServer,
-    ask,
-    connections,
-    get,
-    held,
-    honest,
-    in_thread,
-    octets,
-    pass_time,
-    prices,
-    read_all,
-    request,
-    visit,
-    wait_for_value,
-    widen,
-)
+from raw import RawClient, ask, get, honest, octets, prices, read_all, request, visit
+from rigged import Clock, RiggedServer, connections, held, in_thread, pass_time, wait_for_value, widen
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate

@@ -10,28 +10,8 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from raw import (
-    CLOSE,
-    PING,
-    PONG,
-    Blocked,
-    RawClient,
-    RiggedServer,
-    ask,
-    call,
-    connections,
-    dropped,
-    frame,
-    get,
-    gone,
-    honest,
-    pass_time,
-    read_all,
-    request,
-    sample,
-    visit,
-    wait_for_value,
-)
+from raw import CLOSE, PING, PONG, RawClient, ask, frame, get, honest, read_all, request, visit
+from rigged import Blocked, RiggedServer, call, connections, dropped, gone, pass_time, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 
 from coin_api import PriceUpdate

@@ -14,7 +14,6 @@ from raw import (
     PONG,
     TEXT,
     RawClient,
-    RiggedServer,
     ask,
     fragments,
     frame,
@@ -24,6 +23,7 @@ from raw import (
     request,
     visit,
 )
+from rigged import RiggedServer
 from running import ASSETS
 from texts import INVALID_UTF8, VALID_UTF8
 

@@ -11,30 +11,18 @@ import tracemalloc
 from collections.abc import Callable
 
 import pytest
-from raw import (
-    CLOSE,
-    CONT,
-    PING,
-    PONG,
-    TEXT,
+from raw import CLOSE, CONT, PING, PONG, TEXT, RawClient, ask, frame, get, parse, read_all, request, visit
+from rigged import (
     Clock,
-    RawClient,
     RiggedServer,
-    ask,
     call,
     connections,
     dropped,
-    frame,
-    get,
     gone,
     held,
     narrow,
-    parse,
     pass_time,
-    read_all,
-    request,
     sample,
-    visit,
     wait_for_value,
 )
 from running import ASSETS, wait_for

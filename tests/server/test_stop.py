@@ -12,26 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from raw import (
-    CLOSE,
-    TEXT,
-    Blocked,
-    RawClient,
-    RiggedServer,
-    connections,
-    frame,
-    get,
-    honest,
-    in_thread,
-    narrow,
-    parse,
-    read_all,
-    request,
-    sample,
-    visit,
-    wait_for_calls,
-    wait_for_value,
-)
+from raw import CLOSE, TEXT, RawClient, frame, get, honest, parse, read_all, request, visit
+from rigged import Blocked, RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value
 from running import ASSETS, run_script, wait_for
 from websockets.exceptions import ConnectionClosed
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from raw import Clock
+from rigged import Clock
 
 from coin_api import PriceUpdate
 from price_server import status as status_module
