@@ -262,7 +262,7 @@ def talk(parts: Iterable[bytes]) -> tuple[object, ...]:
 
 def test_bytes_cut_anywhere_have_the_same_effect() -> None:
     chance = random.Random(1)
-    for _ in range(500):
+    for _ in range(1_000):
         stream = HEAD + b"".join(chance.choices(FRAMES, k=chance.randrange(12)))
         edges = [0, *sorted(chance.choices(range(len(stream)), k=chance.randrange(1, 12))), len(stream)]
         parts = [stream[start:end] for start, end in pairwise(edges)]
