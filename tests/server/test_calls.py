@@ -266,6 +266,21 @@ def test_a_function_waits_for_256_events_or_50_ms(
     assert order.index("call") <= most
 
 
+def test_a_function_waits_for_at_most_256_heartbeats(timed: RiggedServer) -> None:
+    order: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(RawClient(timed.port))
+        timed.listener.accepted[0].before = lambda: call_soon(timed, lambda: order.append("call"))
+        for sock in timed.listener.accepted[1:]:
+            sock.before = lambda: order.append("client")
+        pass_time(timed, 20.0)
+        assert len(order) == 300
+        assert order.index("call") < 256
+        for sock in timed.listener.accepted:
+            sock.before = lambda: None
+
+
 def test_a_flood_of_pings_or_messages_takes_no_turn_from_another_client(rigged: RiggedServer) -> None:
     for opcode, least in ((PING, 20), (TEXT, 20)):
         order: list[str] = []
