@@ -57,7 +57,7 @@ def send(connection: Connection, data: bytes, now: float = 0) -> list[str | byte
 
 
 def in_state(state: State) -> Connection:
-    connection = make_client() if state is State.CLIENT else Connection(now=0)
+    connection = Connection(now=0) if state is State.VISITOR else make_client()
     if state in (State.CLOSING, State.LINGERING):
         connection.finish_with([b"bye"], 30)
     if state is State.LINGERING:
