@@ -410,7 +410,10 @@ def test_a_message_of_a_client_that_is_behind_is_not_read_so_being_behind_is_the
     client = make_client()
     send(client, b"\x81", 100)
     client.publish(ALL, 1, 110)
-    assert (client.find_overdue(130.0), client.find_overdue(130.1)) == ("", "behind")
+    assert (client.find_overdue(140.0), client.find_overdue(140.1)) == ("", "behind")
+    while data := client.data_to_send():
+        client.advance(len(data), 135)
+    assert (client.find_overdue(165.0), client.find_overdue(165.1)) == ("", "unfinished"), "it has its time again"
 
 
 def test_a_response_has_30_seconds_and_one_more_for_each_8_kib_of_it() -> None:
