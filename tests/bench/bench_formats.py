@@ -1,0 +1,120 @@
+"""What a poll costs with event-stream clients beside WebSocket clients, in turns in one run.
+
+    .venv/bin/python tests/bench/bench_formats.py [--clients 8000] [--rounds 15]
+
+Two servers, with their readers in processes of their own: all clients over WebSocket; and half of them over
+event streams, at last beside a tenth more that never read. Measured is how long `publish`
+takes, which returns when every client has been sent its prices, and the process memory for an idle client.
+"""
+
+import argparse
+import math
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench_sides import raise_file_limit
+
+from coin_api import PriceUpdate
+from price_server import PriceServer, connection, hub
+
+ASSETS = ("BTC", "ETH", "XRP", "BCH", "ADA", "LTC", "LINK", "XLM", "DOT", "SOL")
+UPGRADE = (
+    "GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+STREAM = "GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
+PAUSE = 0.3  # seconds between two polls, in which the readers read
+
+
+def read(port: int, clients: int, request: str, reads: bool) -> None:
+    """The readers' process: open connections, say so, and read until stdin ends."""
+    raise_file_limit()
+    with selectors.DefaultSelector() as selector:
+        opened = []
+        for _ in range(clients):
+            opened.append(socket.create_connection(("127.0.0.1", port)))
+            opened[-1].sendall(request.encode())
+            opened[-1].recv(4096)
+            if reads:
+                selector.register(opened[-1], selectors.EVENT_READ)
+        selector.register(sys.stdin, selectors.EVENT_READ)
+        print("open", flush=True)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is sys.stdin:
+                    return
+                key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+
+
+def connect(stack: ExitStack, server: PriceServer, clients: int, request: str, reads: bool = True) -> float:
+    """Bytes of process memory that a client of this kind takes."""
+    before = psutil.Process().memory_info().rss
+    command = [sys.executable, __file__, "--read", str(server.port), str(clients), request, str(int(reads))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stack.callback(process.wait)
+    assert process.stdin
+    assert process.stdout
+    stack.callback(process.stdin.close)
+    assert process.stdout.readline() == "open\n"
+    return (psutil.Process().memory_info().rss - before) / clients
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What do event-stream clients cost?")
+    parser.add_argument("--clients", type=int, default=8000)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    raise_file_limit()
+    hub.HEARTBEAT_INTERVAL = connection.SLOW_CLIENT_TIMEOUT = math.inf  # readers that never answer or read stay
+    half, updates = (
+        options.clients // 2,
+        [PriceUpdate(asset, 45000.0, "2026-11-22T07:44:05.1234567Z") for asset in ASSETS],
+    )
+    with ExitStack() as stack:
+        alone, mixed = (PriceServer(ASSETS, max_clients=1_000_000) for _ in range(2))
+        for server in (alone, mixed):
+            server.run_forever(threaded=True)
+            stack.callback(server.shutdown_abruptly)
+        memory = connect(stack, alone, options.clients, UPGRADE)
+        print(f"memory for a WebSocket client: {memory / 1024:.2f} KiB")
+        connect(stack, mixed, half, UPGRADE)
+        memory = connect(stack, mixed, half, STREAM)
+        print(f"memory for an event-stream client: {memory / 1024:.2f} KiB")
+        show_polls("half of them over event streams", alone, mixed, updates, options.rounds)
+        connect(stack, mixed, options.clients // 10, STREAM, reads=False)
+        show_polls("and a tenth more that never read", alone, mixed, updates, options.rounds)
+
+
+def show_polls(name: str, alone: PriceServer, mixed: PriceServer, updates: list[PriceUpdate], rounds: int) -> None:
+    """Publish to both in turns."""
+    seconds: dict[PriceServer, list[float]] = {alone: [], mixed: []}
+    for _ in range(rounds):
+        for server, times in seconds.items():
+            began = time.monotonic()
+            server.publish(updates)
+            times.append(time.monotonic() - began)
+            time.sleep(PAUSE)
+    first, second = seconds[alone], seconds[mixed]
+    ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
+    print(
+        f"WebSocket alone {statistics.median(first) * 1000:.1f} ms, {name} {statistics.median(second) * 1000:.1f} ms:",
+        end=" ",
+    )
+    print(f"{ratio:.2f} times")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--read"]:
+        read(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], bool(int(sys.argv[5])))
+    else:
+        main()
