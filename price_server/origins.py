@@ -26,7 +26,9 @@ def check_origin(text: str) -> str:
     scheme, host, port = parts.groups()
     if scheme in DEFAULT_PORTS and host in ("", "*"):
         raise ValueError(f"{text!r} names no host; to let all web pages read, allow no origin at all")
-    if port and (host in ("", "*") or not 1 <= int(port) <= 65_535):
+    if port and host in ("", "*"):
+        raise ValueError(f"{text!r} has a port, but no host")
+    if port and not 1 <= int(port) <= 65_535:
         raise ValueError(f"{text!r} has no port from 1 to 65535")
     if port is None or port == DEFAULT_PORTS.get(scheme):
         return f"{scheme}://{host}"

@@ -74,7 +74,7 @@ class Transport:
 
     def serve(self, data: Any, events: int) -> None:
         """A socket is ready. An event counts only for the connection that it was registered for."""
-        if data is self._listener:
+        if data is None:  # the listener
             return  # `accept` follows the batch, or it would evict visitors whose request has already arrived
         if events & data.watched & READ:
             self._handler.attempt(self.receive, data)
@@ -89,7 +89,7 @@ class Transport:
 
     def resume_listening(self) -> None:
         if self._listener and not self._listening:
-            self._loop.register(self._listener, READ, self._listener)
+            self._loop.register(self._listener, READ, None)
             self._listening = True
 
     def pause_listening(self) -> None:

@@ -31,8 +31,7 @@ TESTS = {  # of each room that is a function of what comes in
 # mutmut runs in a directory `mutants`, where pytest must find its settings, or it tests the program beside it.
 SETTINGS = """[mutmut]
 source_paths =
-    coin_api.py
-    price_server
+    .
 only_mutate =
     {room}
 also_copy =
@@ -57,8 +56,8 @@ def put_faults(room: str, number: int | None) -> float:
     """Print what became of the faults and which were missed; return the share that was noticed."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for name in ("coin_api.py", ".pytest.ini"):
-            shutil.copy(ROOT / name, copy)
+        for file in (*ROOT.glob("*.py"), ROOT / ".pytest.ini"):
+            shutil.copy(file, copy)
         for name in ("price_server", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         (copy / "setup.cfg").write_text(SETTINGS.format(room=room, tests=TESTS[room]))

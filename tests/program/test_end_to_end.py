@@ -302,12 +302,12 @@ def test_a_second_signal_ends_the_program_at_once(coin_api: StandIn, first: int)
         assert time.monotonic() - started < 0.5
 
 
-def test_there_are_five_threads_at_any_number_of_clients() -> None:
+def test_there_are_four_threads_at_any_number_of_clients() -> None:
     with Tracker("--demo", "--interval", "0.2") as tracker, ExitStack() as stack:
-        assert tracker.usage()[0] == 5
+        assert tracker.usage()[0] == 4
         clients = [stack.enter_context(raw_client(tracker.port)) for _ in range(100)]
         assert all(client.recv(10) for client in clients)
-        assert tracker.usage()[0] == 5
+        assert tracker.usage()[0] == 4
 
 
 def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:
@@ -321,7 +321,7 @@ def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:
             assert mask
             blocked[int(task.name)] = int(mask[1], 16) & wanted
         assert blocked.pop(tracker.process.pid) == 0
-        assert list(blocked.values()) == [wanted] * 4
+        assert list(blocked.values()) == [wanted] * 3
 
 
 def test_a_server_thread_that_ends_unasked_ends_the_program_with_status_1(tmp_path: Path) -> None:
@@ -408,11 +408,11 @@ class CountingApi(DemoApi):
 
 @pytest.mark.parametrize("shift", [3600.0, -3600.0])
 def test_polls_and_deadlines_go_on_when_the_clock_is_set(
-    start_server: Callable[..., PriceServer], shift: float
+    start_server: Callable[..., PriceServer], monkeypatch: pytest.MonkeyPatch, shift: float
 ) -> None:
     ahead = [0.0]
+    monkeypatch.setattr("price_server.connection.REQUEST_TIMEOUT", 1.0)
     server = start_server(interval=0.1, wall_clock=lambda: time.time() + ahead[0])
-    server.request_timeout = 1.0
     source = CountingApi()
     poller = Poller(source, server, 0.1)
     thread = threading.Thread(target=poller.run, daemon=True)

@@ -34,11 +34,11 @@ from price_server import __version__
                 "",
                 "null/",
                 "https://a:b",
-                "https://a:65536",
                 "//a",
-                "a://*:1",
             )
         ],
+        (("--allow-origin", "https://a:65536"), "'https://a:65536' has no port from 1 to 65535"),
+        (("--allow-origin", "a://*:1"), "'a://*:1' has a port, but no host"),
         *[
             (("--allow-origin", bad), f"{bad!r} names no host")
             for bad in ("https://*", "http://*", "https://", "HTTPS://*/")

@@ -239,6 +239,7 @@ def test_metrics_count_what_happened(start_server: Start, updates: Updates) -> N
     fetch(server, "/ws")
     server.report_failure("x", "timeout")
     server.note_poll(0.3, 5, 95)
+    assert server.clients == [], "asked of the server thread, after what was handed over"
     families = {family.name: family for family in text_string_to_metric_families(fetch(server, "/metrics").text)}
     counted = {
         " ".join((sample.name.removeprefix("price_tracker_"), *sample.labels.values())): sample.value
