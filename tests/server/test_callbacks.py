@@ -155,16 +155,6 @@ def test_a_callback_may_send_to_another_publish_and_disconnect_everybody(server:
         assert prices(client, 10) == ALL_AT_1
 
 
-def test_a_message_reaches_its_callback_before_the_next_frame_is_read(server: PriceServer) -> None:
-    server.set_fn_message_received(lambda client, server, message: server.send_message(client, message * 2))
-    with RawClient(server.port) as client:
-        client.send(b"".join([frame(TEXT, b"%d" % number) + frame(PING, b"%d" % number) for number in range(20)]))
-        both = [
-            (opcode, payload) for n in range(20) for opcode, payload in ((TEXT, b"%d%d" % (n, n)), (PONG, b"%d" % n))
-        ]
-        assert [client.read() for _ in range(40)] == both
-
-
 def test_nothing_of_a_client_that_its_callback_disconnected_is_read(server: PriceServer) -> None:
     received: list[str] = []
 
