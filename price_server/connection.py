@@ -231,8 +231,10 @@ class Connection:
                 self._change_state(State.LINGERING)
                 if self.feed is None:  # a response; after a close frame the time runs on
                     self._deadline = now + LINGER_TIMEOUT
-            elif self.state is State.CLIENT:
+            elif self.state is State.CLIENT and self._deadline:
                 self._deadline = 0.0
+                if self._message_deadline:  # nothing was read meanwhile
+                    self._message_deadline = now + MESSAGE_TIMEOUT
             self.outbox = None
         elif self.state is State.CLIENT and not self._deadline:
             self._deadline = now + SLOW_CLIENT_TIMEOUT
@@ -247,9 +249,9 @@ class Connection:
     def find_overdue(self, now: float) -> str:
         """Why the time of this connection is over: behind, unfinished or no_close; "" while it is not."""
         if self.state is State.CLIENT:
-            if 0 < self._deadline < now or 0 < self._message_deadline < now:
-                return "behind" if self._deadline else "unfinished"  # while it is behind, nothing of it is read
-            return ""
+            if self._deadline:  # while it is behind, nothing of it is read
+                return "behind" if self._deadline < now else ""
+            return "unfinished" if 0 < self._message_deadline < now else ""
         if not 0 < self._deadline < now:
             return ""
         size = self.outbox.enqueued if self.outbox and self.feed is None else 0

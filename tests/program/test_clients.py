@@ -525,8 +525,8 @@ def visits() -> dict[str, Future[Visit]]:
             connection.enqueue(encode_frame(Opcode.PING, payload))
             server._hub.ready_to_send(connection)
 
-    def owes_a_pong(connection: Connection) -> bool:
-        return connection.unanswered > 0 and connection.state is State.CLIENT
+    def all_answered(connections: list[Connection]) -> bool:
+        return not any(each.unanswered and each.state is State.CLIENT for each in connections)
 
     server = PriceServer(ASSETS, clock=lambda: 0.0)  # which never pings by itself, however slow the machine is
     server.run_forever(threaded=True)
@@ -537,7 +537,7 @@ def visits() -> dict[str, Future[Visit]]:
         for number in range(1, 61):
             server._loop.call(partial(ping, random.randbytes(125) if number % 2 else b""))
             pending = [client["handler"].connection for client in server.clients]
-            wait_for(lambda pending=pending: not any(map(owes_a_pong, pending)), 30, "all pongs")
+            wait_for(partial(all_answered, pending), 30, "all pongs")
             server.publish([PriceUpdate(asset, float(number), "now") for asset in ASSETS])
     server.shutdown_gracefully()
     return running

@@ -7,6 +7,7 @@ import logging
 import selectors
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -215,7 +216,8 @@ def test_what_a_function_raises_goes_to_its_caller_or_to_the_log(
     assert [record.message for record in caplog.records] == ["a function handed over to the server thread failed"] * 2
 
 
-def test_other_threads_get_what_their_function_returns_or_raises() -> None:
+def test_other_threads_get_what_their_function_returns_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("price_server.loop.MAX_SELECT", 60)  # each function wakes the loop
     with running(Handler()) as loop:
         assert loop.call(threading.get_ident) != threading.get_ident()
         assert loop.call(loop.in_loop_thread)
@@ -248,14 +250,21 @@ def test_a_function_that_has_not_begun_in_time_is_withdrawn(monkeypatch: pytest.
 
 
 def test_a_function_that_has_begun_in_time_is_waited_for_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("price_server.loop.CALL_TIMEOUT", 0.05)
+    class SlowFuture(Future[str]):
+        def result(self, timeout: float | None = None) -> str:
+            if not begun.is_set():
+                assert begun.wait(10)
+                raise TimeoutError
+            go_on.set()
+            return super().result(timeout)
 
     def slow() -> str:
-        monkeypatch.setattr("price_server.loop.CALL_TIMEOUT", 10)  # for the second wait
-        begun.wait(0.2)
+        begun.set()
+        go_on.wait(10)
         return "done"
 
-    begun = threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr("price_server.loop.Future", SlowFuture)
     with running(Handler()) as loop:
         assert loop.call(slow) == "done"
 
