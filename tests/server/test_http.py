@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
-from raw import RawClient, ask, get, honest, octets, prices, read_all, request, visit
+from raw import RawClient, ask, get, honest, prices, read_all, request, visit
 from rigged import Clock, RiggedServer, connections, held, in_thread, pass_time, wait_for_value, widen
 from running import ASSETS, wait_for
 
