@@ -297,9 +297,9 @@ def test_what_cannot_be_sent_is_raised_where_it_was_asked_and_nothing_is_sent(se
         ):
             with pytest.raises(ValueError, match="close reason of 124 bytes: 123 are the most"):
                 too_long()
-        assert client.hears_nothing()
+        assert client.has_nothing_to_read()
         with RawClient(server.port) as other:
-            assert other.hears_nothing()
+            assert other.has_nothing_to_read()
         known["handler"].send_close(1000, b"x" * 123)
         assert client.read() == (CLOSE, b"\x03\xe8" + b"x" * 123)
 
