@@ -155,16 +155,6 @@ def test_a_callback_may_send_to_another_publish_and_disconnect_everybody(server:
         assert prices(client, 10) == ALL_AT_1
 
 
-def test_a_message_reaches_its_callback_before_the_next_frame_is_read(server: PriceServer) -> None:
-    server.set_fn_message_received(lambda client, server, message: server.send_message(client, message * 2))
-    with RawClient(server.port) as client:
-        client.send(b"".join([frame(TEXT, b"%d" % number) + frame(PING, b"%d" % number) for number in range(20)]))
-        both = [
-            (opcode, payload) for n in range(20) for opcode, payload in ((TEXT, b"%d%d" % (n, n)), (PONG, b"%d" % n))
-        ]
-        assert [client.read() for _ in range(40)] == both
-
-
 def test_nothing_of_a_client_that_its_callback_disconnected_is_read(server: PriceServer) -> None:
     received: list[str] = []
 
@@ -307,9 +297,9 @@ def test_what_cannot_be_sent_is_raised_where_it_was_asked_and_nothing_is_sent(se
         ):
             with pytest.raises(ValueError, match="close reason of 124 bytes: 123 are the most"):
                 too_long()
-        assert client.hears_nothing()
+        assert client.has_nothing_to_read()
         with RawClient(server.port) as other:
-            assert other.hears_nothing()
+            assert other.has_nothing_to_read()
         known["handler"].send_close(1000, b"x" * 123)
         assert client.read() == (CLOSE, b"\x03\xe8" + b"x" * 123)
 

@@ -6,6 +6,7 @@ import selectors
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -136,13 +137,17 @@ def test_a_call_that_has_begun_is_waited_for(server: PriceServer, monkeypatch: p
 
 
 def test_a_call_made_in_the_very_moment_of_the_end_is_lost_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = iter([State.BEFORE, State.RUNNING, State.ENDED, State.RUNNING, State.ENDED])
-    read: Any = lambda self, *_: next(states)  # noqa: E731
-    monkeypatch.setattr(Loop, "state", property(read, read), False)
-    loop, ran = Loop(), threading.Event()  # the loop has released the functions that waited when these are queued
-    assert loop.call(lambda: "ran") == "ran"
-    loop.call_soon(ran.set)
-    assert ran.is_set()
+    class LateFuture(Future[Any]):
+        def __init__(self) -> None:
+            super().__init__()
+            loop.state = State.ENDED  # it has released the functions that waited
+
+    loop, ran = Loop(), list[str]()
+    monkeypatch.setattr("price_server.loop.Future", LateFuture)
+    for call_it in (loop.call, loop.call_soon):
+        loop.state = State.RUNNING
+        in_thread(lambda: call_it(lambda: ran.append("ran"))).join(10)  # noqa: B023
+    assert ran == ["ran", "ran"]
 
 
 def test_what_is_published_before_the_start_is_known_to_the_first_client(updates: Updates) -> None:

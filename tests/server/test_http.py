@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
-from raw import RawClient, ask, get, honest, octets, prices, read_all, request, visit
+from raw import RawClient, ask, get, honest, prices, read_all, request, visit
 from rigged import Clock, RiggedServer, connections, held, in_thread, pass_time, wait_for_value, widen
 from running import ASSETS, wait_for
 
@@ -93,13 +93,6 @@ def test_a_request_cut_off_before_its_end_gets_no_response(server: PriceServer) 
         assert exchange(server, data) == b""
 
 
-def test_a_dribbled_request_is_answered(priced: PriceServer) -> None:
-    with visit(priced.port) as visitor:
-        for octet in octets(get("/prices/BTC")):
-            visitor.sendall(octet)
-        assert read_all(visitor).startswith(b"HTTP/1.1 200 ")
-
-
 def test_random_bytes_bring_no_traceback(
     server: PriceServer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,12 +163,6 @@ def test_taking_a_response_has_30_s_and_one_more_for_each_8_kib(filled: RiggedSe
         pass_time(filled, 5.0)
         assert connections(filled) == 0
         assert len(read_all(visitor)) == size // 8_192 * 8_192
-
-
-def test_a_large_piece_of_a_response_is_not_copied_to_be_joined_with_others(filled: RiggedServer) -> None:
-    with visit(filled.port, get("/history?assets=BTC")) as visitor:
-        assert len(read_all(visitor)) > 9_000
-    assert len(filled.listener.accepted[-1].sizes) == 1, "one asset's points are joined with the head"
 
 
 def test_a_download_of_400_assets_is_made_as_it_is_taken(start_server: Start) -> None:

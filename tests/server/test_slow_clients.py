@@ -285,7 +285,7 @@ def test_a_message_has_its_time_again_after_each_that_became_whole(timed: Rigged
 def pings(client: RawClient) -> int:
     """How many pings have arrived and nothing else."""
     number = 0
-    while not client.hears_nothing():
+    while not client.has_nothing_to_read():
         assert client.read() == (PING, b"")
         number += 1
     return number
@@ -386,8 +386,8 @@ def test_past_the_bound_of_memory_the_largest_holder_goes_and_it_is_one_line(
             wait_for_value(lambda: held(rigged), 120_000 + len(request()) - 2)
             visitor.sendall(b"\r\n")
             assert visitor.recv(12) == b"HTTP/1.1 101"
-            assert small.hears_nothing()
-            assert quiet.hears_nothing()
+            assert small.has_nothing_to_read()
+            assert quiet.has_nothing_to_read()
     assert dropped(rigged) == {"memory": 1}
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "over 300000 bytes are held for connections: the largest holders are dropped"

@@ -246,7 +246,7 @@ def test_a_server_that_was_stopped_does_not_start_and_is_stopped_again_at_once(s
             each.run_forever(threaded=True)
 
 
-def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_behind(server: PriceServer) -> None:
+def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_open(server: PriceServer) -> None:
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
     with pytest.raises(OSError, match="in use"):

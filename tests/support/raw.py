@@ -160,7 +160,7 @@ class RawClient:
                 found.append((update["asset_id"], update["price"]))
         return found
 
-    def hears_nothing(self) -> bool:
+    def has_nothing_to_read(self) -> bool:
         """Whether nothing has come that was not read yet, the end neither."""
         self.socket.setblocking(False)
         try:
