@@ -24,10 +24,11 @@ const feed = new Feed(address.wanted, {
   price: receive, health: takeHealth, changed: refresh, slept: beginAnew,
   opened: () => { past.askSoon(); refresh(); } });
 const table = new Table({
-  arranged: () => { showFilter(table.rows.length); fitSoon(() => table.shown); },
+  arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fitSoon(() => table.shown); },
+  shown: showTitle,
   tint: () => feed.health?.interval_seconds ?? Infinity });
-const past = new Past(), charts = new Charts(), bells = new Bells(table);
-let state = '', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;  // by steady()
+const past = new Past(), charts = new Charts(() => refresh(true)), bells = new Bells(table);
+let state = 'connecting', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;  // by steady()
 
 const age = () => Math.max(now() - feed.polled, 0);
 const staleAfter = () => feed.health?.stale_after_seconds ?? Infinity;
@@ -120,18 +121,22 @@ function refresh(drawNow = false) {
   if (feed.isServed && feed.answered) feed.polled = Math.max(feed.polled, health.polled);
   loadPast();
   state = stateNow();
-  const [text, mark = health?.source === 'demo' ? 'DEMO ' : ''] = STATES[state], [top] = table.rows;
   document.body.dataset.state = state;
   byId('rows').setAttribute('aria-busy', String(past.range?.name !== past.chosen?.name));
-  setText(byId('state'), text);
+  setText(byId('state'), STATES[state][0]);
   const since = age() < 600 ? '' : `, of ${formatTime(feed.polled, now())}`;
   setText(byId('age'), age() < Infinity ? `prices ${formatAge(age())} old${since}` : '');
   setText(byId('error'), health?.last_error ? `Last error: ${health.last_error}` : '');
   if (state === 'live' && feed.answered) checkAlerts();
   if (document.hidden) table.flush();
-  document.title = bells.unseen + mark + (top?.price ? `${top.parts.price.textContent} ${top.asset}` : 'Prices');
+  showTitle();
   const isDue = drawNow || steady() - drawn >= DRAW;
   if (isDue && health && past.range && !document.hidden && age() < Infinity) draw();
+}
+
+function showTitle() {
+  const [, mark = feed.health?.source === 'demo' ? 'DEMO ' : ''] = STATES[state], [top] = table.rows;
+  document.title = bells.unseen + mark + (top?.price ? `${top.parts.price.textContent} ${top.asset}` : 'Prices');
 }
 
 function draw() {

@@ -55,7 +55,7 @@ export class Table {
   #by = '';
   #way = 1;
 
-  // on: arranged(), tint(): the interval in seconds
+  // on: arranged(), shown(), tint(): the interval in seconds
   constructor(on) {
     this.on = on;
     const [, sign, by] = /^(-?)(asset|price|change)$/.exec(address.get('sort')) ?? [];
@@ -138,6 +138,7 @@ export class Table {
   flush() {
     for (const row of this.#changed) this.#show(row);
     this.#changed.clear();
+    this.on.shown();
   }
 
   #show(row) {

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 
 import pytest
 from running import outside, wait_for
@@ -132,6 +133,7 @@ class Line(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), LineHandler)
         self.to, self.port = server.port, int(self.server_address[1])
         self.rates: dict[str, int | None] = {}
+        self.late: dict[str, float] = {}  # seconds that an answer comes late, by what a path starts with
         self.frozen, self.cut_off = threading.Event(), threading.Event()  # for the connections so far
 
     def freeze(self) -> None:
@@ -155,6 +157,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         self.frozen, self.cut_off = self.server.frozen, self.server.cut_off
         head: bytes = self.request.recv(65536)
         path = head.decode().partition(" ")[2].partition(" ")[0]
+        self.cut_off.wait(next((late for start, late in self.server.late.items() if path.startswith(start)), 0))
         rate = next((rate for start, rate in self.server.rates.items() if path.startswith(start)), 1 << 30)
         if rate is None:
             self.request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -196,8 +199,12 @@ def record(server: PriceServer, seconds: int, step: int, price: Callable[[int], 
 
 def prices(server: PriceServer, price: float, **others: float) -> None:
     """One poll: all assets at this price, but for the `others`."""
-    time = "2026-11-22T07:44:05.1234567Z"
-    server.publish([PriceUpdate(asset, others.get(asset, price), time) for asset in server.assets])
+    server.publish([PriceUpdate(asset, others.get(asset, price), time_of(server)) for asset in server.assets])
+
+
+def time_of(server: PriceServer, ahead: float = 0.0) -> str:
+    """CoinAPI's time of a price that comes now, by this server's clock; it lags by half a minute."""
+    return datetime.fromtimestamp(server.wall_clock() - 30 + ahead, UTC).strftime("%Y-%m-%dT%H:%M:%S.1234567Z")
 
 
 @pytest.fixture(scope="module")
