@@ -18,6 +18,7 @@ PREFERENCES = {  # nothing is asked of the network, and nothing in the user's ow
     "datareporting.policy.dataSubmissionEnabled": False,
     "network.captive-portal-service.enabled": False,
     "network.connectivity-service.enabled": False,
+    "devtools.jsonview.enabled": False,
     "remote.active-protocols": 1,
     "services.settings.server": "http://127.0.0.1:9/",
     "toolkit.telemetry.enabled": False,
