@@ -1,7 +1,7 @@
 """Ask CoinAPI for the current price of several assets in one request.
 
-HTTP and nothing else: no threads, no WebSocket. `CoinApi` asks the real service, `DemoApi` makes
-prices up; both have `fetch_prices(asset_ids)`, and whatever else has it can take their place.
+HTTP and nothing else: no threads, no WebSocket. `CoinApi` asks the real service, `DemoApi` simulates
+prices; both have `fetch_prices(asset_ids)`, and any other object that has it can take their place.
 """
 
 import io
@@ -12,12 +12,13 @@ import random
 import re
 import socket
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from http.client import HTTPResponse
+from http.client import HTTPException, HTTPResponse, IncompleteRead, RemoteDisconnected
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -31,6 +32,9 @@ CONNECT_TIMEOUT = 3.0  # seconds
 ANSWER_TIMEOUT = 10.0  # seconds for status line, headers and body together
 MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
 MAX_RETRY_AFTER = 900.0  # seconds
+CAUSES = ("refused_key", "forbidden", "rate_limited", "server_error", "timeout", "connection", "bad_answer", "other")
+CAUSES_BY_STATUS = {401: "refused_key", 403: "forbidden", 429: "rate_limited"}
+QUOTES = "\"'"
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for each price
 
 # It warns of bad headers by showing them, with the key if a server sends it back.
@@ -42,8 +46,8 @@ class PriceUpdate:
     """One price of one asset.
 
     asset_id: CoinAPI's id, like "BTC".
-    price: in the quote currency; finite and above 0. CoinAPI's `rate`: a volume-weighted average
-        of the last 24 hours, not the last trade.
+    price: in the quote currency. CoinAPI's `rate`: a volume-weighted average of the last 24 hours,
+        not the last trade. `price_server.prices.split_sound` says which prices are sound.
     time: when CoinAPI computed it, as CoinAPI wrote it: "2026-11-22T07:44:05.1234567Z".
     """
 
@@ -61,13 +65,18 @@ class CoinApiError(Exception):
     """A poll that brought no prices; its text is one line for the log.
 
     retry_after: seconds that CoinAPI asked to wait (at most 900), or None.
-    key_refused: CoinAPI does not know the key; trying again will not help.
+    cause: one of CAUSES, for the metrics; anything else counts as "other".
     """
 
-    def __init__(self, message: str, retry_after: float | None = None, key_refused: bool = False):
+    def __init__(self, message: str, retry_after: float | None = None, cause: str = "other"):
         super().__init__(message)
-        self.retry_after = retry_after
-        self.key_refused = key_refused
+        self.retry_after = None if retry_after is None else float(retry_after)
+        self.cause = cause if cause in CAUSES else "other"
+
+    @property
+    def key_refused(self) -> bool:
+        """Whether CoinAPI does not know the key: trying again will not help."""
+        return self.cause == "refused_key"
 
 
 class CoinApi:
@@ -87,6 +96,8 @@ class CoinApi:
         # Checked here because requests would show a bad header's value in its error.
         if not re.fullmatch(r"[!-~]+", key):
             raise ValueError("COIN_API_KEY must be printable ASCII without spaces: copy it again from CoinAPI")
+        if key[0] in QUOTES or key[-1] in QUOTES:
+            raise ValueError("COIN_API_KEY has quotes around it, which some readers of env files keep: remove them")
         self._key = key
         parts = _split_url(url)
         if parts is None:
@@ -110,11 +121,11 @@ class CoinApi:
     def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]:
         """The current price of each asset, in the order asked for.
 
-        Blocks for up to 10 s behind the connection, and 3 s before it for each of the host's addresses, as long
-        again for TLS, and for a proxy.
+        Blocks for up to 10 s after the connection is made, and before that 3 s for each of the host's addresses,
+        as long again for TLS, and for a proxy.
 
-        An asset that CoinAPI leaves out, or gives no sound rate for, is not in the list.
-        Raises CoinApiError, and nothing else, when there is no usable answer.
+        An asset that CoinAPI leaves out is not in the list. A rate that is null, NaN or no number is passed on as it
+        came. Raises CoinApiError, and nothing else, when there is no usable answer.
         """
         query = {"filter_asset_id": ",".join(asset_ids), "invert": "true"}
         try:
@@ -127,7 +138,7 @@ class CoinApi:
         except CoinApiError:
             raise
         except Exception as error:  # requests lets some of urllib3's and OSError through
-            raise CoinApiError(f"no answer from CoinAPI: {self._clean(_cause(error))}") from None
+            raise CoinApiError(f"no answer from CoinAPI: {self._clean(_reason(error))}", cause=_cause(error)) from None
         if response.status_code != 200:
             raise self._error_of(response, body)
         return self._parse(body, asset_ids)
@@ -137,20 +148,19 @@ class CoinApi:
             # parse_int: an integer of thousands of digits is infinite, not an error of the whole answer.
             answer = json.loads(body, parse_int=float)
         except (ValueError, RecursionError):
-            raise CoinApiError(f"CoinAPI's answer is not JSON: {self._clean(body) or '(empty)'}") from None
+            raise _bad_answer(f"CoinAPI's answer is not JSON: {self._clean(body) or '(empty)'}") from None
         rates = answer.get("rates") if isinstance(answer, dict) else None
         if not isinstance(rates, list):
-            raise CoinApiError(f"CoinAPI's answer has no list of rates: {self._clean(body)}")
-        prices: dict[str, PriceUpdate] = {}
+            raise _bad_answer(f"CoinAPI's answer has no list of rates: {self._clean(body)}")
+        position = {asset_id: number for number, asset_id in enumerate(asset_ids)}
+        updates: list[PriceUpdate] = []
         for rate in rates:
             match rate:
-                case {"asset_id_quote": str(asset_id), "rate": float(price), "time": str(at)}:
-                    if math.isfinite(price) and price > 0:
-                        prices[asset_id] = PriceUpdate(asset_id, price, at)
-        updates = [prices[asset_id] for asset_id in asset_ids if asset_id in prices]
+                case {"asset_id_quote": str(asset_id), "rate": price, "time": at} if asset_id in position:
+                    updates.append(PriceUpdate(asset_id, price, at))
         if not updates:
-            raise CoinApiError(f"CoinAPI's answer has no price for {', '.join(asset_ids)}: {self._clean(body)}")
-        return updates
+            raise _bad_answer(f"CoinAPI's answer has no price for {', '.join(asset_ids)}: {self._clean(body)}")
+        return sorted(updates, key=lambda update: position[update.asset_id])
 
     def _error_of(self, response: requests.Response, body: bytes) -> CoinApiError:
         try:
@@ -159,11 +169,12 @@ class CoinApi:
         except (ValueError, RecursionError, AttributeError):
             said = body
         said = self._clean(said)
-        refused = response.status_code == 401
-        message = "CoinAPI refused the key (401)" if refused else f"CoinAPI answered {response.status_code}"
+        status = response.status_code
+        message = "CoinAPI refused the key (401)" if status == 401 else f"CoinAPI answered {status}"
         if response.is_redirect:
             said = "a redirect, which is not followed: check COIN_API_URL"
-        return CoinApiError(f"{message}: {said}" if said else message, _retry_after(response), refused)
+        cause = CAUSES_BY_STATUS.get(status, "server_error" if status >= 500 else "other")
+        return CoinApiError(f"{message}: {said}" if said else message, _retry_after(response), cause)
 
     def _read_credits(self, response: requests.Response) -> None:
         # CoinAPI renamed these headers and leaves them out at times: the last known numbers stay.
@@ -207,12 +218,13 @@ class DemoApi:
 
 
 class _DeadlineReader(io.RawIOBase):
-    """A socket's bytes until a deadline for all of them: a plain timeout starts anew with each byte."""
+    """A socket's bytes until a deadline for all of them: a plain timeout starts again with each byte."""
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase, seconds: float):
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float):
         self._sock = sock
         self._raw = raw
-        self._deadline = time.monotonic() + seconds
+        self._deadline = deadline
+        self._has_begun = False  # whether a byte came
 
     def readable(self) -> bool:
         return True
@@ -222,7 +234,15 @@ class _DeadlineReader(io.RawIOBase):
         if left <= 0:
             raise TimeoutError
         self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
+        try:
+            count = self._raw.readinto(buffer)
+        except ConnectionError as error:
+            if self._has_begun:
+                raise
+            # What http.client raises for a connection that is closed at this point.
+            raise RemoteDisconnected(str(error)) from error
+        self._has_begun = True
+        return count
 
     def close(self) -> None:
         self._raw.close()
@@ -230,31 +250,68 @@ class _DeadlineReader(io.RawIOBase):
 
 
 class _DeadlineResponse(HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, seconds: float | None = None, **kwargs: Any):
+    """deadline: called when the request is sent; the monotonic time when the whole response must be there."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: Callable[[], float], **kwargs: Any):
         super().__init__(sock, *args, **kwargs)
-        seconds = ANSWER_TIMEOUT if seconds is None else seconds
-        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach(), seconds))
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp.detach(), deadline()))
+
+
+class _LostWhileIdle(RemoteDisconnected):
+    """A kept-alive connection was reset or closed before the first byte of the answer to its next request."""
 
 
 class _Deadline:
-    """Goes before a connection class of urllib3's, whose timeouts start anew with each byte."""
+    """Goes before a connection class of urllib3's, whose timeouts start again with each byte."""
+
+    adapter: "_DeadlineAdapter"
+    answers = 0  # over this connection so far
 
     def connect(self) -> None:
-        self.response_class: Any = partial(_DeadlineResponse, seconds=CONNECT_TIMEOUT)  # what a proxy answers
+        self.answers = 0
+        # What a proxy answers.
+        self.response_class: Any = partial(_DeadlineResponse, deadline=lambda: time.monotonic() + CONNECT_TIMEOUT)
         try:
             super().connect()  # type: ignore[misc]
         except TimeoutError as error:  # of the proxy, or of TLS
             raise ConnectTimeoutError(f"no connection within {CONNECT_TIMEOUT:g} s") from error
-        self.response_class = _DeadlineResponse
+        self.response_class = partial(_DeadlineResponse, deadline=self.adapter.answer_deadline)
+
+    def getresponse(self) -> Any:
+        try:
+            response = super().getresponse()  # type: ignore[misc]
+        except RemoteDisconnected as error:
+            raise _LostWhileIdle(*error.args) if self.answers else error from None
+        self.answers += 1
+        return response
 
 
 class _DeadlineAdapter(HTTPAdapter):
-    """Gives each connection, over a proxy or not, the deadlines."""
+    """Gives each connection, over a proxy or not, the deadlines; sends once more what a lost connection did not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deadline = 0.0  # of the answer to the request under way, monotonic; 0 until that was sent
+
+    def answer_deadline(self) -> float:
+        self._deadline = self._deadline or time.monotonic() + ANSWER_TIMEOUT
+        return self._deadline
+
+    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        self._deadline = 0.0
+        try:
+            return super().send(*args, **kwargs)
+        except requests.ConnectionError as error:
+            left = self._deadline - time.monotonic()
+            if left <= 0 or not any(isinstance(each, _LostWhileIdle) for each in _chain(error)):
+                raise
+        kwargs["timeout"] = (min(CONNECT_TIMEOUT, left), ANSWER_TIMEOUT)
+        return super().send(*args, **kwargs)
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         if not issubclass(pool.ConnectionCls, _Deadline):
-            pool.ConnectionCls = type("DeadlineConnection", (_Deadline, pool.ConnectionCls), {})
+            pool.ConnectionCls = type("DeadlineConnection", (_Deadline, pool.ConnectionCls), {"adapter": self})
         return pool
 
 
@@ -263,8 +320,12 @@ def _read_body(response: requests.Response) -> bytes:
     for chunk in response.iter_content(1 << 16):
         body += chunk
         if len(body) > MAX_ANSWER:
-            raise CoinApiError(f"CoinAPI's answer is larger than {MAX_ANSWER} bytes")
+            raise _bad_answer(f"CoinAPI's answer is larger than {MAX_ANSWER} bytes")
     return bytes(body)
+
+
+def _bad_answer(message: str) -> CoinApiError:
+    return CoinApiError(message, cause="bad_answer")
 
 
 def one_line(text: object) -> str:
@@ -291,16 +352,33 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _cause(error: Exception) -> str:
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what caused it, the innermost last."""
+    each: BaseException | None = error
+    while each:
+        yield each
+        each = each.__cause__ or each.__context__
+
+
+def _reason(error: Exception) -> str:
     """The innermost reason of requests' nested errors: theirs hold addresses that change each time."""
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection within {CONNECT_TIMEOUT:g} s"
-    cause: BaseException = error
-    while inner := cause.__cause__ or cause.__context__:
-        cause = inner
-    if isinstance(cause, TimeoutError):
+    if isinstance(error, requests.exceptions.InvalidSchema) and "SOCKS" in str(error):
+        return "the environment names a SOCKS proxy, which needs one more package: pip install pysocks"
+    *_, innermost = _chain(error)
+    if isinstance(innermost, TimeoutError):
         return f"not whole within {ANSWER_TIMEOUT:g} s"
-    return getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+    return getattr(innermost, "strerror", None) or f"{type(innermost).__name__}: {innermost}"
+
+
+def _cause(error: Exception) -> str:
+    """Which of CAUSES it is."""
+    *_, innermost = _chain(error)
+    if isinstance(error, requests.ConnectTimeout) or isinstance(innermost, TimeoutError):
+        return "timeout"
+    lost = isinstance(innermost, RemoteDisconnected | IncompleteRead)
+    return "bad_answer" if isinstance(innermost, HTTPException | zlib.error) and not lost else "connection"
 
 
 def _retry_after(response: requests.Response) -> float | None:

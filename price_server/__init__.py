@@ -1,21 +1,29 @@
-"""All that clients see: the WebSocket feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
+"""Everything clients see: the feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
 
-    server.py      PriceServer: publish, clients and visitors, start and stop
-    loop.py        the thread that owns all of it, and the functions that others hand to it
-    interface.py   what websocket-server documents, over that loop
-    connection.py  one accepted socket: what came and is not whole yet, what must go out and did not fit
+Dependencies point down this list and form no circle:
+
+    server.py      PriceServer: what other threads may call
+    hub.py         which connection is a client, what it gets, when it is dropped
+    transport.py   moves bytes between sockets and connections
+    loop.py        a selector, and functions handed over by other threads
+    connection.py  one connection as a protocol: bytes in, events out, bytes to send
+    outbox.py      what one connection that is behind still has to be sent
+    web.py         one HTTP request to one response, or to a new client
+    pages.py       the files of the page
+    origins.py     which web origins may read
+    commands.py    what a client may say
+    archive.py     a copy of the past in a SQLite file
+    history.py     the past, in memory
+    status.py      counters and gauges, /healthz, /metrics
+    prices.py      the latest prices, and what a sound price is
+    formats.py     how messages are written to a client
     frames.py      RFC 6455: bytes to frames and messages, and back
-    web.py         the head of an HTTP request to what is sent back
-    figures.py     the latest prices and the counters
-    history.py     the prices of the past, in SQLite
-    dashboard.html the page
-
-Threads: `server` waits for sockets, in one selector loop over the listener and every connection; it
-owns all of these, the latest prices and the counters. `history` waits for the disk and owns the
-database. Both are daemons, so that a program which forgets to stop them still ends; both stop in
-`shutdown_gracefully` and `shutdown_abruptly`. Other threads hand the server's a function to call.
+    clocks.py      the clock that runs on while the machine sleeps
+    version.py     the version
+    page/          the page
 """
 
 from .server import PriceServer
+from .version import __version__
 
-__all__ = ["PriceServer"]
+__all__ = ["PriceServer", "__version__"]

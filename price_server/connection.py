@@ -1,332 +1,274 @@
-"""One accepted socket: what came and is not whole yet, what must go out and did not fit.
+"""One connection as a protocol: bytes in, events out, bytes to send. No I/O, no clock, no server.
 
-A connection is a visitor until the head of its request is whole. Then it is a client, which speaks
-WebSocket, or it gets one answer, at once or when history has it. Only the server thread calls what
-is here, but for `send_message` and `send_close`, which hand themselves over to it. Its methods raise
-OSError when the socket is gone: whoever runs a connection's step ends the connection then.
+A connection is a visitor until the head of its HTTP request is complete. Then it is a client, which follows
+the feed, or it gets one response. Ending is one path for a response, a refusal, a close frame, a protocol
+error and a stop: the last bytes are queued and nothing follows them; then this side is shut down, what still
+arrives is discarded, and the socket is closed when the peer hangs up or the deadline passes.
+
+The caller gives the time (`now`, in seconds of any clock) and exhausts the events of `receive_data`.
 """
 
 import logging
-import selectors
-import socket
-from collections import deque
-from collections.abc import Iterable
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
-from .frames import MessageReader, Opcode, ProtocolError, answer_to_close, encode_close, encode_frame, encode_message
-from .web import MAX_REQUEST, Answer, Question, Refusal, Upgrade, find_end, refuse, respond
+from .frames import MessageReader, Opcode, ProtocolError, encode_close, encode_frame, reply_to_close
+from .outbox import Outbox
+from .prices import Feed
+from .web import MAX_REQUEST, find_end
 
-if TYPE_CHECKING:
-    from .server import PriceServer  # whom a connection belongs to: known by name only
-
-RECEIVE_SIZE = 4 << 10  # bytes per connection and turn: small, so that a flood from one leaves turns to the others
-SEND_SIZE = 32 << 10  # bytes that small pieces are joined to for one send, about what a send buffer takes
-FIN_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # on Linux: the last bytes and the end behind them go in one packet
-OWED_AT_ONCE = 256  # assets whose prices are joined for one send
-# A connection's state. Closing: its last bytes go out; lingering: they are out, and the other side has yet to hang up.
-VISITOR, WAITING, CLIENT, CLOSING, LINGERING, ENDED = "visitor", "waiting", "client", "closing", "lingering", "ended"
+REQUEST_TIMEOUT = 10.0  # seconds for a whole request, dribbled or not
+SLOW_CLIENT_TIMEOUT = 30.0  # seconds from when a client falls behind until it has caught up
+MESSAGE_TIMEOUT = 30.0  # seconds for a message to be complete
+DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response,
+DOWNLOAD_RATE = 8 << 10  # and one second more for each so many bytes of it
+LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer hangs up
+CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it hangs up
+SHARED_SIZE = 4 << 10  # bytes from which a piece that several connections hold is counted once
 
 logger = logging.getLogger(__name__)
 
 
+class State(Enum):
+    VISITOR = auto()  # its request is not complete
+    CLIENT = auto()  # it follows the feed
+    CLOSING = auto()  # its last bytes are going out
+    LINGERING = auto()  # they are out, and the peer has yet to hang up
+    ENDED = auto()  # its socket is closed
+
+
+TRANSITIONS = {
+    State.VISITOR: (State.CLIENT, State.CLOSING, State.ENDED),
+    State.CLIENT: (State.CLOSING, State.ENDED),
+    State.CLOSING: (State.LINGERING, State.ENDED),
+    State.LINGERING: (State.ENDED,),
+    State.ENDED: (),
+}
+
+
+class Request(NamedTuple):
+    """The head of an HTTP request is complete; None when it is over the limit."""
+
+    head: bytes | None
+
+
+class Message(NamedTuple):
+    """A client's message is complete: str for text, bytes for binary."""
+
+    data: str | bytes
+
+
 class Connection:
-    """Of a client it is the 'handler' in the dict that callbacks get."""
+    """The transport keeps its own fields in `socket`, `address` and `watched`: that saves one object per client."""
 
     # fmt: off
-    __slots__ = ("address", "assets", "busy", "deadline", "held", "inbound", "inbox", "kept", "message_deadline",
-                 "owed", "reader", "server", "socket", "state", "torn", "unanswered", "watched")
+    __slots__ = ("_deadline", "_inbox", "_message_deadline", "_reader", "_searched", "address", "assets", "feed",
+                 "outbox", "socket", "state", "unanswered", "watched")
     # fmt: on
 
-    def __init__(self, server: "PriceServer", sock: socket.socket, address: Any):
-        self.server = server
-        self.socket = sock
-        self.address = address
-        self.state = VISITOR
-        self.deadline = server.clock() + server.request_timeout  # when housekeeping acts on it; 0 for never
-        self.watched = 0  # selector events, the server's own note
-        self.inbox: bytearray | None = None  # the request so far
-        self.reader: MessageReader | None = None  # while a frame or a message is begun: most clients never need one
-        self.message_deadline = 0.0  # for that; 0 for none
-        self.busy = False  # a callback has to hear a message before the next one is read
-        self.inbound = 0  # bytes in inbox or reader
-        self.kept: deque[bytes] | tuple[()] = ()  # pieces that must go out before anything else
-        self.torn = 0  # bytes of the first of them that are out already
-        self.owed: tuple[str, ...] = ()  # assets whose current price has to follow the kept pieces
+    socket: Any
+    address: Any
+    watched: int
+
+    def __init__(self, now: float):
+        self.state = State.VISITOR
+        self.feed: Feed | None = None  # of a client: the prices in its format
         self.assets: tuple[str, ...] = ()  # what a client follows, in the order tracked
-        self.unanswered = 0  # pings since the last pong
-        self.held = 0  # bytes in kept, inbox and reader
+        self.unanswered = 0  # heartbeats since the last pong
+        self.outbox: Outbox | None = None  # while something is pending
+        self._inbox: bytearray | None = None  # the request so far
+        self._searched = 0  # bytes of it that are known not to end the head
+        self._reader: MessageReader | None = None  # while a message is begun: most clients never need one
+        self._deadline = now + REQUEST_TIMEOUT  # of the request, of being behind, of the end; 0 for none
+        self._message_deadline = 0.0  # for the message that is begun; 0 for none
 
-    # What the other side gets
+    # What the peer sends
 
-    def send_message(self, message: str | bytes) -> None:
-        """Queue a text (str) or binary (bytes) message behind what is queued already; any thread may call this.
+    def receive_data(self, data: bytes, now: float) -> Iterator[Request | Message]:
+        """Take what arrived, and yield what is complete in it. Nothing is half done at a yield.
 
-        A client with over 1 MiB queued is dropped; for one that has left it does nothing.
+        After a Request the caller calls `become_client` or `finish_with`.
         """
-        frame = encode_message(message)
-        self.server.call(lambda: self.server.step(self, lambda: self.send_frames(frame, messages=1)))
+        if self.state is State.VISITOR:
+            rest = self._read_request(data)
+            if rest is None:
+                return
+            yield Request(self._take_head(len(rest)))
+            data = rest
+        if self.state is State.CLIENT and self.feed and self.feed.format.is_two_way and data:
+            yield from self._read_messages(data, now)
+        # After the last bytes everything is discarded: closing the socket over it would destroy them.
 
-    def send_close(self, status: int = 1000, reason: bytes | str = b"") -> None:
-        """Queue a close frame and hang up behind it; any thread may call this.
+    def _read_request(self, data: bytes) -> bytes | None:
+        """Add to the request. What follows its head, or None while the head is not complete."""
+        if self._inbox is None:
+            self._inbox = bytearray()
+        self._inbox += data
+        end = find_end(self._inbox, self._searched)
+        self._searched = len(self._inbox)
+        if (end if end >= 0 else self._searched) > MAX_REQUEST:
+            self._inbox.clear()
+            return b""
+        return bytes(self._inbox[end:]) if end >= 0 else None
 
-        Raises ValueError for a reason over 123 bytes of UTF-8.
-        """
-        frame = encode_close(status, reason)
-        self.server.call(lambda: self.server.step(self, lambda: self.close(frame)))
+    def _take_head(self, rest: int) -> bytes | None:
+        assert self._inbox is not None
+        head = bytes(self._inbox[: len(self._inbox) - rest]) or None
+        self._inbox = None
+        return head
 
-    def send_frames(self, frames: bytes, messages: int = 0) -> None:
-        """Send whole frames now, or as soon as the socket takes them."""
-        if self.state is CLIENT:
-            self.keep(frames)
-            self.server.messages_sent += messages
-            self.flush()
-            if self.held - self.inbound > self.server.max_queue:
-                self.server.drop(self, "queue_full")
-
-    def close(self, frame: bytes) -> None:
-        """Send a close frame as the last."""
-        if self.state is CLIENT:
-            self.end([frame], self.server.close_timeout)
-
-    def answer(self, answer: Answer) -> None:
-        """Send an HTTP answer as the last."""
-        if answer.refused:
-            self.server.note_refused(answer.refused)
-        size = sum(map(len, answer.pieces))
-        self.end(answer.pieces, self.server.take_timeout + size / self.server.take_rate)
-
-    def end(self, pieces: Iterable[bytes], seconds: float) -> None:
-        """The one way to an end: the last bytes, nothing behind them, and so long until both sides have hung up."""
-        self.state = CLOSING
-        self.owed = ()
-        self._forget_inbound()
-        for piece in pieces:
-            self.keep(piece)
-        self.deadline = self.server.clock() + seconds
-        self.flush()
-
-    def deliver(self, assets: tuple[str, ...], sent: int = 0) -> int:
-        """A poll's frames of `assets`, of which the socket took `sent` bytes: keep and owe the rest.
-
-        Returns how many messages are begun: only the end of the client can stop those.
-        """
-        if self.state is not CLIENT:
-            return 0
-        if self.kept or self.owed:
-            if len(self.owed) < len(self.assets):  # go on where it stopped, not with the first ones for ever
-                owed = set(self.owed)  # or 400 assets take a millisecond for each slow reader
-                self.owed += tuple(asset for asset in assets if asset not in owed)
-            return 0
-        begun = self._owe_rest(assets, sent)
-        self._settle()
-        return begun
-
-    def keep(self, piece: bytes) -> None:
-        """Queue a piece."""
-        if piece:
-            if not self.kept:
-                self.kept = deque()
-            self.kept.append(piece)  # type: ignore[union-attr]
-            self.held += len(piece)
-            self.server.hold(piece, 1)
-
-    def flush(self) -> None:
-        """Send what is kept, then the current price of each asset owed, as far as the socket takes it."""
-        while self.kept:
-            data: bytes | memoryview = self.kept[0]
-            if self.torn:
-                data = memoryview(data)[self.torn :]
-            if len(self.kept) > 1 and len(data) < SEND_SIZE:
-                data = self._join(data)
-            sent = self._send(data)
-            self._release_sent(sent)
-            if sent < len(data):
-                break
-        while self.owed and not self.kept:
-            assets, later = self.owed[:OWED_AT_ONCE], self.owed[OWED_AT_ONCE:]
-            frames = self.server.frames
-            sent = self._send(b"".join([frames[asset] for asset in assets]))
-            self.server.messages_sent += self._owe_rest(assets, sent)
-            self.owed += later
-            if not sent:
-                break
-        self._settle()
-
-    def _join(self, first: bytes | memoryview) -> bytes:
-        """The first kept pieces in one, up to a send's worth: a large one is never copied."""
-        parts, size = [first], len(first)
-        for piece in islice(self.kept, 1, None):
-            if size + len(piece) > SEND_SIZE:
-                break
-            parts.append(piece)
-            size += len(piece)
-        return b"".join(parts)
-
-    def _send(self, data: bytes | memoryview) -> int:
-        """How many bytes the socket took."""
+    def _read_messages(self, data: bytes, now: float) -> Iterator[Message]:
+        reader = self._reader = self._reader or MessageReader()
+        reader.feed(data)
+        completed = False
         try:
-            return self.socket.send(data, FIN_FOLLOWS if self.state is CLOSING else 0)
-        except BlockingIOError:
-            return 0
-
-    def _release_sent(self, sent: int) -> None:
-        self.torn += sent
-        while self.kept and self.torn >= len(self.kept[0]):
-            piece = self.kept.popleft()
-            self.torn -= len(piece)
-            self.held -= len(piece)
-            self.server.hold(piece, -1)
-        if not self.kept:
-            self.kept = ()
-
-    def _owe_rest(self, assets: tuple[str, ...], sent: int) -> int:
-        """The socket took `sent` bytes of the frames of `assets`: a torn one goes first, later ones are owed.
-
-        Returns how many are begun.
-        """
-        for index, asset in enumerate(assets):
-            frame = self.server.frames[asset]
-            if sent < len(frame):
-                if sent:
-                    self.keep(frame)
-                    self.torn = sent
-                self.owed = assets[index + (sent > 0) :]
-                return index + (sent > 0)
-            sent -= len(frame)
-        self.owed = ()
-        return len(assets)
-
-    def _settle(self) -> None:
-        """After sending: wait for room, or no longer; hang up behind the last bytes."""
-        behind = bool(self.kept or self.owed)
-        if self.state is CLIENT:
-            if behind != bool(self.deadline):
-                self.deadline = self.server.clock() + self.server.behind_timeout if behind else 0.0
-        elif self.state is CLOSING and not behind:
-            self.state = LINGERING
-            self.socket.shutdown(socket.SHUT_WR)
-            if not self.assets:  # an HTTP answer: behind a close frame the time runs on
-                self.deadline = self.server.clock() + self.server.linger_timeout
-        # While something is kept nothing is read: so no pongs pile up.
-        self.server.watch(self, selectors.EVENT_WRITE if behind else selectors.EVENT_READ)
-
-    # What the other side sends
-
-    def on_readable(self) -> None:
-        """Take what came, a turn's worth."""
-        if self.busy:
-            return
-        data = self.socket.recv(RECEIVE_SIZE)
-        if not data:
-            self.server.leave(self)
-        elif self.state is CLIENT:
-            self.feed(data)
-        elif self.state is VISITOR:
-            self._receive_request(data)
-        # What comes behind the last bytes is thrown away: closing over it would destroy them.
-
-    def _receive_request(self, data: bytes) -> None:
-        if self.inbox is None:
-            self.inbox = bytearray()
-        self.inbox += data
-        end = find_end(self.inbox, self.inbound)
-        self._count_inbound(len(self.inbox))
-        if (end if end >= 0 else len(self.inbox)) > MAX_REQUEST:
-            self.answer(refuse(Refusal(431, f"request of more than {MAX_REQUEST} bytes"), self.server))
-        elif end >= 0:
-            head, behind = bytes(self.inbox[:end]), bytes(self.inbox[end:])
-            self._forget_inbound()
-            self._act(respond(head, self.server, self.server.history.ranges), behind)
-
-    def _act(self, response: Answer | Upgrade | Question, behind: bytes) -> None:
-        if isinstance(response, Answer):
-            self.answer(response)
-        elif isinstance(response, Question):
-            self.state = WAITING
-            self.deadline = self.server.clock() + self.server.history_timeout
-            self.server.watch(self, 0)
-            self.server.ask_history(self, response)
-        else:
-            self.server.admit(self, response)
-            if behind and self.state is CLIENT:
-                self.feed(behind)
-
-    def become_client(self, upgrade: Upgrade) -> None:
-        """Upgrade: it gets the prices known so far with the answer, and every publish from now on."""
-        self.state, self.assets, self.deadline = CLIENT, upgrade.assets, 0.0
-        known = tuple(asset for asset in self.assets if asset in self.server.frames)
-        sent = self._send(upgrade.head + self.server.snapshot(self.assets))
-        if sent >= len(upgrade.head):
-            self.server.messages_sent += self._owe_rest(known, sent - len(upgrade.head))
-        else:
-            self.keep(upgrade.head)
-            self.torn, self.owed = sent, known
-        self._settle()
-
-    def feed(self, data: bytes) -> None:
-        """Take what a client sent."""
-        if self.reader is None:
-            self.reader = MessageReader()
-        self.reader.feed(data)
-        self.receive()
-
-    def receive(self) -> None:
-        """Answer what came, up to a message, which the callback must hear before the rest is read."""
-        self.busy = False
-        if self.reader is None or self.state is not CLIENT:
-            return
-        whole = False
-        try:
-            for opcode, message in self.reader.read():
-                whole = whole or not self.reader.is_fragmented  # a ping between fragments gives these no more time
+            for opcode, message in reader.read():
+                completed = completed or not reader.is_fragmented  # a ping between fragments gives these no more time
                 if opcode == Opcode.PONG:
                     self.unanswered = 0
-                elif opcode == Opcode.PING:  # kept, not sent: one send answers all the pings of a turn
-                    self.keep(encode_frame(Opcode.PONG, message))  # type: ignore[arg-type]
+                elif opcode == Opcode.PING:  # one send carries the pongs of everything that arrived together
+                    self.enqueue(encode_frame(Opcode.PONG, message))  # type: ignore[arg-type]
                 elif opcode == Opcode.CLOSE:
-                    self.close(answer_to_close(message))  # type: ignore[arg-type]
-                    return
+                    self.finish_with([reply_to_close(message)], now + CLOSE_TIMEOUT)  # type: ignore[arg-type]
                 else:
-                    self.busy = True
-                    self.server.hear(self, message)
-                    break
+                    yield Message(message)
+                if self.state is not State.CLIENT:
+                    return
         except ProtocolError as error:
-            logger.debug("client broke the protocol: %s", error)
-            self.close(encode_close(error.code, str(error)))
+            logger.debug("a client broke the protocol: %s", error)
+            self.finish_with([encode_close(error.code, str(error))], now + CLOSE_TIMEOUT)
             return
-        self._note_unfinished(whole)
-        if self.kept:
-            self.flush()
+        if reader.is_idle:
+            self._reader, self._message_deadline = None, 0.0
+        elif completed or not self._message_deadline:
+            self._message_deadline = now + MESSAGE_TIMEOUT
 
-    def _note_unfinished(self, whole: bool) -> None:
-        """What is begun has a deadline, anew behind each message that became whole."""
-        assert self.reader
-        self._count_inbound(self.reader.held)
-        if self.reader.is_idle:
-            self.reader, self.message_deadline = None, 0.0
-        elif whole or not self.message_deadline:
-            self.message_deadline = self.server.clock() + self.server.message_timeout
+    # What the peer gets
 
-    def _count_inbound(self, size: int) -> None:
-        change = size - self.inbound
-        self.inbound = size
-        self.held += change
-        self.server.held += change
+    def become_client(self, feed: Feed, assets: tuple[str, ...]) -> None:
+        """Its request was accepted; `start_feed` says what it has been sent."""
+        self._change_state(State.CLIENT)
+        self.feed, self.assets, self._deadline = feed, assets, 0.0
 
-    def _forget_inbound(self) -> None:
-        self._count_inbound(0)
-        self.inbox = self.reader = None
-        self.message_deadline = 0.0
+    def start_feed(self, head: bytes, known: tuple[str, ...], sent: int, now: float) -> int:
+        """The socket took `sent` bytes of the response's head and the messages of `known`; keep the rest.
 
-    def shut(self) -> None:
-        """Close the socket and let go of all that is held."""
-        self.state = ENDED
-        self._forget_inbound()
-        for piece in self.kept:
-            self.server.hold(piece, -1)
-        self.kept, self.owed, self.held = (), (), 0
-        try:
-            self.socket.close()
-        except OSError:
-            pass  # of a connection that failed already
+        Returns how many messages are begun.
+        """
+        if sent >= len(head):
+            return self.publish(known, sent - len(head), now)
+        outbox = self._open_outbox()
+        outbox.enqueue(head, already_sent=sent)
+        outbox.mark_stale(known)
+        self._update_deadline(now)
+        return 0
+
+    def publish(self, assets: tuple[str, ...], sent: int, now: float) -> int:
+        """The socket took `sent` bytes of the new messages of `assets`; keep the rest.
+
+        Returns how many messages are begun: only the end of the connection can stop those.
+        """
+        if self.state is not State.CLIENT or self.feed is None:
+            return 0
+        if self.outbox:
+            if len(self.outbox.stale_assets) < len(self.assets):
+                self.outbox.mark_stale(assets)
+            return 0
+        begun = self._open_outbox().split_unsent(assets, sent, self.feed.messages)
+        self._update_deadline(now)
+        return begun
+
+    def follow(self, assets: tuple[str, ...]) -> None:
+        """Follow these assets from now on; the current price of each new one is to be sent."""
+        if self.state is not State.CLIENT:
+            return
+        new = set(assets).difference(self.assets)
+        self.assets = assets
+        outbox = self._open_outbox()
+        outbox.keep_only(assets)
+        outbox.mark_stale(asset for asset in assets if asset in new and self.feed and asset in self.feed.messages)
+
+    def enqueue(self, piece: bytes) -> None:
+        """Let these bytes go out as they are: whole messages in the client's format."""
+        if self.state is State.CLIENT:
+            self._open_outbox().enqueue(piece)
+
+    def finish_with(self, pieces: Iterable[bytes], deadline: float) -> None:
+        """Let these be the last bytes, read as they are sent, and the deadline that of the whole end."""
+        self._change_state(State.CLOSING)
+        self._inbox = self._reader = None
+        self._message_deadline = 0.0
+        self._deadline = deadline
+        self._open_outbox().finish_with(pieces)
+
+    def data_to_send(self) -> bytes | memoryview:
+        """What the socket should take now; b"" when nothing is pending."""
+        return self.outbox.data_to_send(self.feed.messages if self.feed else {}) if self.outbox else b""
+
+    def advance(self, sent: int, now: float) -> int:
+        """The socket took the first `sent` bytes of `data_to_send`. Returns how many prices were begun with them."""
+        begun = self.outbox.advance(sent, self.feed.messages if self.feed else {}) if self.outbox else 0
+        self._update_deadline(now)
+        return begun
+
+    def end(self) -> None:
+        """The socket is closed: let go of everything."""
+        if self.state is not State.ENDED:
+            self._change_state(State.ENDED)
+        self.outbox = self._inbox = self._reader = None
+        self._deadline = self._message_deadline = 0.0
+
+    def _open_outbox(self) -> Outbox:
+        if self.outbox is None:
+            self.outbox = Outbox()
+        return self.outbox
+
+    def _update_deadline(self, now: float) -> None:
+        """After a send: note whether the peer is behind, and whether the last bytes are out."""
+        if not self.outbox:
+            if self.state is State.CLOSING:
+                self._change_state(State.LINGERING)
+                if self.feed is None:  # a response; after a close frame the time runs on
+                    self._deadline = now + LINGER_TIMEOUT
+            elif self.state is State.CLIENT:
+                self._deadline = 0.0
+            self.outbox = None
+        elif self.state is State.CLIENT and not self._deadline:
+            self._deadline = now + SLOW_CLIENT_TIMEOUT
+
+    def _change_state(self, state: State) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise RuntimeError(f"a connection cannot go from {self.state.name} to {state.name}")
+        self.state = state
+
+    # What it takes, and how long
+
+    def find_overdue(self, now: float) -> str:
+        """Why the time of this connection is over: behind, unfinished or no_close; "" while it is not."""
+        if self.state is State.CLIENT:
+            if 0 < self._deadline < now or 0 < self._message_deadline < now:
+                return "behind" if self._deadline else "unfinished"  # while it is behind, nothing of it is read
+            return ""
+        if not 0 < self._deadline < now:
+            return ""
+        size = self.outbox.enqueued if self.outbox and self.feed is None else 0
+        return "no_close" if self._deadline + size / DOWNLOAD_RATE < now else ""
+
+    def unfinished_bytes(self) -> int:
+        """Bytes that arrived of a request or a message that is not complete."""
+        return len(self._inbox or b"") + (self._reader.held if self._reader else 0)
+
+
+def held_bytes(connections: Iterable[Connection]) -> int:
+    """Bytes that these connections hold; a large piece that several hold counts once."""
+    held, shared = 0, set()
+    for connection in connections:
+        held += connection.unfinished_bytes()
+        for piece in connection.outbox.pieces if connection.outbox else ():
+            if len(piece) < SHARED_SIZE:
+                held += len(piece)
+            elif id(piece) not in shared:
+                shared.add(id(piece))
+                held += len(piece)
+    return held

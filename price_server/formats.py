@@ -11,7 +11,7 @@ from .frames import Opcode, encode_close, encode_frame, encode_message
 class Format(Protocol):
     name: str  # of its clients in /metrics
     heartbeat: bytes  # sent every 20 s, because proxies close a silent connection
-    is_answered: bool  # whether a client that is alive answers a heartbeat
+    is_two_way: bool  # whether its clients send frames; one that is alive answers each heartbeat
 
     def encode_price(self, message: str) -> bytes:
         """One price, given as the JSON that clients get."""
@@ -26,7 +26,7 @@ class Format(Protocol):
 class WebSocketFormat:
     name = "websocket"
     heartbeat = encode_frame(Opcode.PING, b"")
-    is_answered = True
+    is_two_way = True
 
     def encode_price(self, message: str) -> bytes:
         return encode_frame(Opcode.TEXT, message.encode())
@@ -43,7 +43,7 @@ class EventStreamFormat:
 
     name = "event_stream"
     heartbeat = b":\n"  # a comment line; without an empty line, or some libraries would see an event without data
-    is_answered = False
+    is_two_way = False
 
     def encode_price(self, message: str) -> bytes:
         return b"data: %b\n\n" % message.encode()

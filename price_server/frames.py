@@ -60,7 +60,7 @@ def encode_close(status: int = 1000, reason: str | bytes = b"") -> bytes:
     return encode_frame(Opcode.CLOSE, struct.pack("!H", status) + reason)
 
 
-def answer_to_close(payload: bytes) -> bytes:
+def reply_to_close(payload: bytes) -> bytes:
     """The close frame that answers a client's: its code and no reason (5.5.1).
 
     Raises ProtocolError 1002 for a code that may not be sent (7.4), 1007 for a reason that is not UTF-8.

@@ -1,107 +1,150 @@
-"""One thread that owns everything that can block, and the functions that other threads hand to it.
+"""A selector, and functions handed over by other threads. Knows nothing of clients.
 
-That removes the need for locks around a connection, the prices and the counters. What is handed over
-waits in a queue, at which the loop looks between any two connections that it serves: so a caller
-waits for one short step at the most.
+The thread that runs the loop owns everything that its handler serves, so none of it needs a lock. What other
+threads want is handed over as a function. Those run in one place, `_between_batches`: never inside one another
+or in the middle of another step.
 """
 
+import heapq
 import logging
 import selectors
-import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from enum import Enum, auto
+from itertools import count
+from typing import Any, Protocol
 
-AT_ONCE = 256  # events of one batch before the loop looks around
+BATCH_EVENTS = 256  # events until functions of other threads have their turn
 BATCH_SECONDS = 0.05  # or so long
+CALL_TIMEOUT = 10.0  # seconds that another thread waits for its function
+STOP_TIMEOUT = 1.0  # seconds that a stop waits until the handler is drained
+MAX_SELECT = 0.5  # seconds: a clock that a test advances is looked at so often
 WARNING_PAUSE = 60.0  # seconds without a kind of trouble until it is logged again
+LAG_WINDOW = 60.0  # seconds that the longest batch is remembered
 
 logger = logging.getLogger(__name__)
-Call = tuple[Callable[[], Any], "Future[Any]"]
+
+
+class State(Enum):
+    BEFORE = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class Handler(Protocol):
+    """What the loop serves. All of it runs in the loop's thread."""
+
+    def serve(self, data: Any, events: int) -> None:
+        """A socket that was registered with `data` is ready."""
+
+    def after_events(self) -> None:
+        """All events of one `select` have been served."""
+
+    def begin_stop(self) -> None:
+        """A stop was asked for."""
+
+    def is_drained(self) -> bool:
+        """Whether a stop has nothing left to wait for."""
+
+    def end(self) -> None:
+        """The loop has ended, also after an error."""
 
 
 class Loop:
-    """The thread's part of a server, which adds what there is to do: the six functions that stand first here.
+    """`call`, `call_soon`, `call_later`, `run` and `stop`, as in asyncio.
 
-    state: before, running, ended. It says who owns, and only the loop itself sets it.
+    state: set by the loop alone. It decides which thread may touch what the loop owns: before the start and
+    after the end a function runs where it is called.
     """
 
-    begin: Callable[[], None]
-    serve: Callable[[Any, int], None]  # something registered with the selector is ready
-    keep_house: Callable[[float], None]
-    begin_stop: Callable[[], None]
-    is_done: Callable[[], bool]  # whether nothing is left to wait for in a stop
-    end: Callable[[], None]
-
-    housekeeping_interval = 0.5  # seconds: how late a deadline may be noticed
-    call_timeout = 10.0  # seconds that another thread waits for its call
-    stop_timeout = 1.0  # seconds that a stop waits for the other sides to hang up
-
-    def __init__(self, clock: Callable[[], float]):
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-        self.state = "before"
-        self._owner = 0  # the thread's ident
-        self._urgent: deque[Call] = deque()  # publishes: they go before the rest, and never within each other
-        self._calls: deque[Call] = deque()
-        self._callbacks: deque[Callable[[], Any]] = deque()  # run by the loop alone, from inside nothing else
-        self._in_urgent = self._in_call = False
-        self._next_check = 0.0
-        self._stop_asked = self._stop_begun = False
+        self.state = State.BEFORE
+        self.stopping = False  # whether the stop has begun
+        self.started, self.ended = threading.Event(), threading.Event()
+        self._thread_id = threading.get_ident()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
+        self._timer_numbers = count()
+        self._stop_requested = False
         self._stop_deadline = 0.0
-        self._warned: dict[str, float] = {}  # when each kind of trouble was last met
-        self._started, self._ended = threading.Event(), threading.Event()
-        self.selector = selectors.DefaultSelector()  # here, as it may find no descriptor
+        self._busy_since = 0.0
+        self._batches: deque[tuple[float, float]] = deque()  # (when, seconds), each longer than all later ones
+        self._selector = selectors.DefaultSelector()
+        self.register, self.modify = self._selector.register, self._selector.modify
+        self.unregister = self._selector.unregister
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
+        self.register(self._wake_receiver, selectors.EVENT_READ, self)
 
     # For any thread
 
-    def call(self, function: Callable[[], Any], urgent: bool = False) -> Any:
-        """Run it in the loop's thread; what it returns or raises. TimeoutError when it could not begin in time.
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the loop's thread, and return what it returns or raise what it raises.
 
-        Before the start and after the end it runs where it is called.
+        Raises TimeoutError when it has not begun after 10 s; it is withdrawn then. In the loop's own thread it
+        runs at once.
         """
-        if self.state != "running" or self.is_owner:
+        if self.state is not State.RUNNING or self.in_loop_thread():
             return function()
-        future = self._queue(self._urgent if urgent else self._calls, function)
+        future = self._queue(function)
         try:
-            return future.result(self.call_timeout)
+            return future.result(CALL_TIMEOUT)
         except TimeoutError:
             if future.cancel():
-                what = f"the server thread is busy for {self.call_timeout:g} s: does a callback block it?"
+                what = f"the server thread has been busy for {CALL_TIMEOUT:g} s: does a callback block it?"
                 raise TimeoutError(what) from None
-            return future.result(self.call_timeout)  # it has begun
+            return future.result(CALL_TIMEOUT)  # it has begun
 
-    def hand_over(self, function: Callable[[], Any]) -> None:
-        """Have it run in the loop's thread, and do not wait."""
-        if self.state == "running":
-            self._queue(self._calls, function)
+    def call_soon(self, function: Callable[[], Any]) -> None:
+        """Have a function run in the loop's thread, and do not wait. What it raises is logged.
+
+        Before the start that is the thread which made the loop; what another one hands over waits for the start.
+        """
+        if self.state is State.ENDED or (self.state is State.BEFORE and self.in_loop_thread()):
+            _log_errors(function)
         else:
-            function()
+            self._queue(lambda: _log_errors(function))
 
-    def _queue(self, queue: "deque[Call]", function: Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-        queue.append((function, future))
+    def call_later(self, seconds: float, function: Callable[[], Any]) -> None:
+        """Have a function run in the loop's thread after so long. For the loop's thread, or before the start."""
+        heapq.heappush(self._timers, (self.clock() + seconds, next(self._timer_numbers), function))
+
+    def stop(self) -> None:
+        """Have the handler begin its stop, and the loop end when that is drained, or after a second.
+
+        It goes before the functions that wait. Another thread waits until the loop has ended.
+        """
+        self.request_stop()
+        if not self.in_loop_thread():
+            self.ended.wait(2 * STOP_TIMEOUT)
+
+    def request_stop(self) -> None:
+        """The same without waiting; a signal handler may call it."""
+        self._stop_requested = True
         self._wake()
-        if self.state != "running":
+
+    def in_loop_thread(self) -> bool:
+        return threading.get_ident() == self._thread_id
+
+    def longest_batch(self) -> float:
+        """Seconds of the longest step of the last 60 s during which no function of another thread could run."""
+        while self._batches and self._batches[0][0] < time.monotonic() - LAG_WINDOW:
+            self._batches.popleft()
+        return self._batches[0][1] if self._batches else 0.0
+
+    def _queue(self, function: Callable[[], Any]) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self._calls.append((function, future))
+        self._wake()
+        if self.state is State.ENDED:
             self._release_calls()  # the loop ended meanwhile, and may not have seen this one
         return future
-
-    def ask_to_stop(self) -> None:
-        """Have the loop end; from another thread, wait until it has, or twice as long as a stop takes."""
-        self._stop_asked = True
-        self._wake()
-        if not self.is_owner:
-            self._ended.wait(2 * self.stop_timeout)
-
-    @property
-    def is_owner(self) -> bool:
-        return threading.get_ident() == self._owner
 
     def _wake(self) -> None:
         try:
@@ -109,133 +152,128 @@ class Loop:
         except OSError:
             pass  # full, so the loop wakes anyway; or closed, so it has ended
 
-    def close_wakers(self) -> None:
-        self._wake_receiver.close()
-        self._wake_sender.close()
-        self.selector.close()
-
     # The loop
 
-    def run_loop(self) -> None:
-        if self.state != "before":
-            raise RuntimeError("this server has run already: make another")
-        self._owner = threading.get_ident()
-        restore = self._catch_interrupt()
+    def run(self, handler: Handler) -> None:
+        """Serve the handler until a stop. One round: wait, run what was handed over, serve the events in batches."""
+        if self.state is not State.BEFORE:
+            raise RuntimeError("this server has run already: make another one")
+        self._thread_id = threading.get_ident()
+        self.state = State.RUNNING
+        self.started.set()
         try:
-            self.selector.register(self._wake_receiver, selectors.EVENT_READ, self)
-            self.begin()
-            self.state = "running"
-            self._started.set()
-            while not (self._stop_begun and (self.is_done() or time.monotonic() >= self._stop_deadline)):
-                self._serve_batch(self.selector.select(self._pause()))
-                self.look_around()
+            while not self._may_end(handler):
+                events = self._selector.select(self._select_timeout())
+                self._busy_since = time.monotonic()
+                self._between_batches(handler)
+                self._serve(handler, events)
+                handler.after_events()
+                self._note_batch()
         except Exception:
             logger.critical("the server thread failed", exc_info=True)
         finally:
-            self._finish()
-            restore()
+            self._end(handler)
 
-    def _finish(self) -> None:
-        self._stop_asked = self._stop_begun = True  # also where the loop failed: the callbacks wait for no stop
-        try:
-            self.end()
-            self._run_callbacks()
-        finally:
-            self.state = "ended"
-            self._release_calls()
-            self._started.set()
-            self._ended.set()
+    def close(self, handler: Handler) -> None:
+        """The end of a loop that never ran."""
+        if self.state is State.BEFORE:
+            self._end(handler)
 
-    def _pause(self) -> float:
-        """How long to wait for events: not at all while something else is to be done."""
-        if self._callbacks or self._calls or self._urgent:
+    def _may_end(self, handler: Handler) -> bool:
+        return self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)
+
+    def _select_timeout(self) -> float:
+        if self._calls or self._stop_requested > self.stopping:
             return 0.0
-        left = self._stop_deadline - time.monotonic() if self._stop_begun else self.housekeeping_interval
-        return max(min(self._next_check - self.clock(), self.housekeeping_interval, left), 0.0)
+        due = self._timers[0][0] - self.clock() if self._timers else MAX_SELECT
+        left = self._stop_deadline - time.monotonic() if self.stopping else MAX_SELECT
+        return max(min(due, left, MAX_SELECT), 0.0)
 
-    def _serve_batch(self, events: list[tuple[selectors.SelectorKey, int]]) -> None:
-        since = time.monotonic()
+    def _serve(self, handler: Handler, events: list[tuple[selectors.SelectorKey, int]]) -> None:
+        """Walk all events: selecting again would return the same ones first (level-triggered) and starve the rest."""
         for number, (key, mask) in enumerate(events, 1):
             if key.data is self:
                 self._wake_receiver.recv(4096)
             else:
-                self.serve(key.data, mask)
-            self.look()
-            if number % AT_ONCE == 0 or time.monotonic() > since + BATCH_SECONDS:
-                self.look_around()
-                since = time.monotonic()
+                handler.serve(key.data, mask)
+            if number % BATCH_EVENTS == 0 or time.monotonic() > self._busy_since + BATCH_SECONDS:
+                self._between_batches(handler)
 
-    def look_around(self) -> None:
-        """What must not wait for the end of a long batch."""
-        self.look()
-        if self._stop_asked and not self._stop_begun:
-            self._stop_begun = True
-            self._stop_deadline = time.monotonic() + self.stop_timeout  # real time: whatever clock was given, it ends
-            self.begin_stop()
+    def _between_batches(self, handler: Handler) -> None:
+        """The one place where functions of other threads and timers run; those that they add wait for the next time."""
+        for _ in range(len(self._calls)):
+            self._begin_requested_stop(handler)
+            _run_call(*self._calls.popleft())
+            self._note_batch()
+        self._begin_requested_stop(handler)
         now = self.clock()
-        if now >= self._next_check:
-            self._next_check = now + self.housekeeping_interval
-            try:
-                self.keep_house(now)
-            except Exception as error:
-                self.warn("housekeeping", "housekeeping failed, and goes on", error)
-        self._run_callbacks()
+        due = []
+        while self._timers and self._timers[0][0] <= now:
+            due.append(heapq.heappop(self._timers)[2])
+        for function in due:
+            _log_errors(function)
+        self._note_batch()
 
-    def _run_callbacks(self) -> None:
-        for _ in range(len(self._callbacks)):
-            if self._stop_asked and not self._stop_begun:
-                return  # a stop goes first: the clients are told, however slow the callbacks are
-            self._callbacks.popleft()()
-            self.look()
+    def _begin_requested_stop(self, handler: Handler) -> None:
+        if self._stop_requested and not self.stopping:
+            self.stopping = True
+            self._stop_deadline = time.monotonic() + STOP_TIMEOUT  # real time: whatever clock was given, it ends
+            handler.begin_stop()
 
-    def look(self) -> None:
-        """Run as many calls as are queued now. Within a publish the next one waits, within another call its like.
+    def _note_batch(self) -> None:
+        now = time.monotonic()
+        seconds, self._busy_since = now - self._busy_since, now
+        while self._batches and self._batches[-1][1] <= seconds:
+            self._batches.pop()
+        self._batches.append((now, seconds))
+        if self._batches[0][0] < now - LAG_WINDOW:
+            self._batches.popleft()
 
-        Publishes go before the rest, and so does a stop.
-        """
-        if self._urgent and not self._in_urgent:
-            for _ in range(len(self._urgent)):
-                self._run_call(*self._urgent.popleft())
-        if self._calls and not self._in_call and self._stop_begun == self._stop_asked:
-            self._in_call = True
-            for _ in range(len(self._calls)):
-                self._run_call(*self._calls.popleft())
-            self._in_call = False
-
-    def _run_call(self, function: Callable[[], Any], future: "Future[Any]") -> None:
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
+    def _end(self, handler: Handler) -> None:
+        try:
+            handler.end()
+        finally:
+            self.state = State.ENDED
+            self._release_calls()
+            self._selector.close()
+            self._wake_receiver.close()
+            self._wake_sender.close()
+            self.started.set()
+            self.ended.set()
 
     def _release_calls(self) -> None:
-        """Nobody may wait for a loop that has ended. Both the loop and a caller may be here at once."""
-        for queue in (self._urgent, self._calls):
-            try:
-                while True:
-                    self._run_call(*queue.popleft())
-            except IndexError:
-                pass
+        """Nobody may wait for a loop that has ended. The loop and a caller may both be here at once."""
+        try:
+            while True:
+                _run_call(*self._calls.popleft())
+        except IndexError:
+            pass
 
-    def _catch_interrupt(self) -> Callable[[], Any]:
-        """In the main thread ^C is a stop: raised, it could end a step half-way, with a frame torn."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            return lambda: None
 
-        def stop(*_: Any) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends the program at once
-            self._stop_asked = True
-            self._wake()
+class RateLimitedLog:
+    """Logs trouble that others can cause at will: once, and again only after a minute without it."""
 
-        signal.signal(signal.SIGINT, stop)
-        return lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._last: dict[str, float] = {}  # when each kind of trouble was last met
 
     def warn(self, kind: str, message: str, error: BaseException | None = None) -> None:
-        """Log trouble that others can cause at will: once, and again only after a minute without it."""
-        now = self.clock()
-        if now - self._warned.get(kind, -WARNING_PAUSE) >= WARNING_PAUSE:
+        now = self._clock()
+        if now - self._last.get(kind, -WARNING_PAUSE) >= WARNING_PAUSE:
             logger.log(logging.ERROR if error else logging.WARNING, "%s", message, exc_info=error)
-        self._warned[kind] = now
+        self._last[kind] = now
+
+
+def _run_call(function: Callable[[], Any], future: "Future[Any]") -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def _log_errors(function: Callable[[], Any]) -> None:
+    try:
+        function()
+    except Exception:
+        logger.exception("a function handed over to the server thread failed")

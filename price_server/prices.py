@@ -5,10 +5,11 @@ No socket, no thread: the server thread owns a server's `Prices`.
 
 import math
 from collections.abc import Container, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .formats import FORMATS, Format
 
+T = TypeVar("T")
 MAX_SNAPSHOTS = 100  # sets of assets for which a snapshot is kept joined: there are 2^n sets
 
 
@@ -29,12 +30,24 @@ def split_sound(updates: Iterable[Update], assets: Container[str]) -> tuple[dict
     sound: dict[str, Update] = {}
     faults: dict[str, str] = {}
     for update in updates:
-        fault = _find_fault(update, assets)
+        try:
+            fault = _find_fault(update, assets)
+        except Exception as error:  # something else than an update, or half of one
+            fault = type(error).__name__
         if fault:
-            faults[str(update.asset_id)[:40]] = fault
+            faults[_name(update)] = fault
         else:
             sound[update.asset_id] = update
     return sound, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in sound}
+
+
+def _name(update: object) -> str:
+    """An update's asset id, or what it is instead of an update; fit for a log."""
+    try:
+        name = str(update.asset_id)[:40]  # type: ignore[attr-defined]
+    except Exception:
+        name = f"({type(update).__name__})"
+    return "".join(char if char.isprintable() else "?" for char in name)
 
 
 def _find_fault(update: Update, assets: Container[str]) -> str:
@@ -49,7 +62,7 @@ def _find_fault(update: Update, assets: Container[str]) -> str:
         return f"price {price:.6g}"
     if not isinstance(update.time, str):
         return f"time {str(update.time)[:40]!r} is not a text"
-    return ""
+    return "" if isinstance(update.to_json(), str) else "to_json() is not a text"
 
 
 class Feed:
@@ -81,16 +94,20 @@ class Prices:
     def __init__(self, assets: Sequence[str]):
         self.assets = tuple(assets)
         self.latest: dict[str, Update] = {}  # in the order tracked; only those that have had a price
+        self.texts: dict[str, str] = {}  # the same as JSON, as every client gets it
         self.feeds = {each.name: Feed(each) for each in FORMATS}
 
     def remember(self, updates: dict[str, Update]) -> None:
         """Note a poll's sound updates; an asset that it lacks keeps its last price."""
-        known = self.latest | updates
-        self.latest = {asset: known[asset] for asset in self.assets if asset in known}
         texts = {asset: update.to_json() for asset, update in updates.items()}
+        self.latest = self._in_order(self.latest | updates)
+        self.texts = self._in_order(self.texts | texts)
         for feed in self.feeds.values():
-            messages = feed.messages | {asset: feed.format.encode_price(text) for asset, text in texts.items()}
-            feed.update({asset: messages[asset] for asset in self.latest})
+            messages = {asset: feed.format.encode_price(text) for asset, text in texts.items()}
+            feed.update(self._in_order(feed.messages | messages))
+
+    def _in_order(self, by_asset: dict[str, T]) -> dict[str, T]:
+        return {asset: by_asset[asset] for asset in self.assets if asset in by_asset}
 
     def choose(self, asset_ids: Iterable[str]) -> tuple[str, ...]:
         """These assets, in the order tracked; case does not matter. Raises ValueError for one that is not tracked."""

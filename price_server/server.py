@@ -1,78 +1,54 @@
-"""PriceServer, a WebsocketServer: publish, clients and visitors, start and stop.
+"""PriceServer, a WebsocketServer: what other threads may call.
 
-The loop is in loop.py. All that is here and does not say otherwise runs in the loop's thread.
+Each method hands a function to the loop, whose thread owns the connections, the prices and the counters; see
+"Threads" in tracker.py. What the methods do is in hub.py.
 """
 
-import errno
 import json
 import logging
-import math
-import selectors
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from functools import partial
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .connection import CLIENT, ENDED, VISITOR, WAITING, Connection
-from .figures import MAX_SUBSETS, Figures, Update
-from .frames import Opcode, encode_frame
+from websocket_server import WebsocketServer
+
+from . import clocks
+from .archive import Archive
+from .commands import apply_command, encode_error, is_command
+from .connection import Connection
+from .frames import encode_close
 from .history import History
-from .interface import Interface
-from .loop import AT_ONCE
-from .web import Question, Upgrade, answer_history
+from .hub import OWN_FILES, SPARE_VISITORS, Hub
+from .loop import Loop, RateLimitedLog, State
+from .prices import Prices, Update, split_sound
+from .status import Status
+from .transport import configure_listener
+from .version import __version__
+from .web import Site
 
-ACCEPT_AT_ONCE = 32  # connections
-SELECT_ROOM = 512  # sockets that Windows' select takes
-SHARED_SIZE = 4 << 10  # bytes from which on a piece that several connections keep is counted once
-NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-PING = encode_frame(Opcode.PING, b"")
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+NOTICE = 25  # the level between INFO and WARNING
+Client = dict[str, Any]  # {"id": 1, "handler": ClientHandler, "address": (host, port)}
 
 logger = logging.getLogger(__name__)
 
 
-def socket_room() -> tuple[float, str]:
-    """How many sockets and files this process may have open, and what says so."""
-    rooms = [(math.inf, "")]
-    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
-        rooms.append((SELECT_ROOM, f"select takes {SELECT_ROOM} sockets here"))
-    if resource is not None:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if files != resource.RLIM_INFINITY:
-            rooms.append((files, f"only {files} files may be open (ulimit -n)"))
-    return min(rooms)
+class PriceServer(WebsocketServer):
+    """Sends prices to every client; `run_forever(threaded=True)` starts it.
 
+    assets: ids in the order in which every client gets them. interval: seconds between two polls.
+    history_file: where the past is kept; None for memory alone.
+    clock: steady seconds, for deadlines; age_clock: seconds that go on while the machine sleeps; wall_clock: epoch
+    seconds.
 
-class PriceServer(Interface, Figures):
-    """A WebsocketServer that sends prices; `run_forever(threaded=True)` starts it.
-
-    assets: ids in the order in which every client gets them. figures: see `Figures`.
-    history_file: where the past is kept; None for memory.
-
-    Callbacks run in the server thread, one after the other: one that blocks keeps everybody waiting.
-    A message is str or bytes, as it came; `send_message` sends text for str and binary for bytes.
-    Raises OSError when the port cannot be had, ValueError when the history file cannot be used.
+    Callbacks run in the server thread, one after the other: one that blocks delays every client. A message is str
+    or bytes, as it came; `send_message` sends text for str and binary for bytes.
+    Raises OSError when it cannot listen, ValueError when the history file cannot be used.
     """
 
-    own_files = 20  # descriptors that are no connection: logs, listener, selector, history, CoinAPI
-    spare_visitors = 30  # that find room when the server is full of clients
-    request_timeout = 10.0  # seconds for a whole request, dribbled or not
-    history_timeout = 10.0  # seconds until a question to history must have its answer
-    take_timeout = 30.0  # seconds for the visitor to take an HTTP answer,
-    take_rate = 8 << 10  # and one more for each so many bytes of it
-    linger_timeout = 2.0  # seconds from an HTTP answer until the visitor hangs up
-    close_timeout = 5.0  # seconds from our close frame until the client hangs up
-    behind_timeout = 30.0  # seconds with a full socket
-    message_timeout = 30.0  # seconds for a message that is begun
-    ping_interval = 20.0  # seconds; under the 60 s after which proxies drop a silent connection
-    max_unanswered = 3  # pings, so 60 s; counted, not timed: a machine that slept finds its clients again
-    max_queue = 1 << 20  # bytes of send_message waiting for one client
-    max_held = 64 << 20  # bytes that all connections together may have waiting
+    request_queue_size = 1024
 
     def __init__(
         self,
@@ -80,334 +56,294 @@ class PriceServer(Interface, Figures):
         host: str = "127.0.0.1",
         port: int = 0,
         *,
+        quote: str = "USD",
+        source: str = "coinapi",
+        interval: float = 5.0,
+        max_clients: int = 10_000,
+        allow_origins: Iterable[str] = (),
         history_file: str | None = None,
-        **figures: Any,
+        pause_when_idle: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        age_clock: Callable[[], float] = clocks.boottime,
+        wall_clock: Callable[[], float] = time.time,
     ):
-        Figures.__init__(self, assets, **figures)
-        Interface.__init__(self, self.clock)
-        self.held = 0  # bytes that all connections together have waiting
-        self._visitors: dict[Connection, None] = {}  # whose request is not whole, the oldest first
-        self._answered: dict[Connection, Question | None] = {}  # who wait for history's answer, or take one (None)
-        self._shared: Counter[int] = Counter()  # by how many connections a large piece is kept
-        self._room = self._fit_clients()
-        self._listening = False
-        self._next_ping = self.clock() + self.ping_interval
-        self._stale = False
-        self.history = History(self.assets, self.quote, self.source, history_file, self.wall_clock)
+        self.assets = tuple(assets)
+        self.client_came = threading.Event()  # set with each new client, for a poller that pauses
+        self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second in the server thread
+        self._wall_clock = wall_clock
+        self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
+        self._prices = Prices(self.assets)
+        self._history = History(self.assets, wall_clock)
+        self._status = Status(
+            self._prices,
+            self._history,
+            quote=quote,
+            source=source,
+            interval=interval,
+            max_clients=max_clients,
+            pause_when_idle=pause_when_idle,
+            version=__version__,
+            age_clock=age_clock,
+            wall_clock=wall_clock,
+        )
+        self._archive: Archive | None = None
+        self._loop = Loop(clock)
+        self._log = RateLimitedLog(clock)
+        self._hub = Hub(
+            self._loop,
+            self._prices,
+            self._status,
+            Site(self._prices, self._history, self._status, allow_origins=allow_origins),
+            log=self._log,
+            call_back=self._call_back,
+            make_handler=lambda connection: ClientHandler(self, connection),
+            on_housekeeping=self._run_housekeeping,
+            on_end=self._stop_archive,
+        )
         try:
-            self.history.start()
-            self.bind(host, port)
+            if history_file is not None:
+                self._open_archive(history_file, source, quote)
+            if ":" in host:
+                self.address_family = socket.AF_INET6
+            super().__init__(host, port)
+            self._hub.start(self.socket)
         except BaseException:
-            self.history.stop()
-            self.close_wakers()
+            self._loop.close(self._hub)
             raise
-
-    def _fit_clients(self) -> float:
-        """Lower `max_clients` to what there is room for; the room for all connections."""
-        room, why = socket_room()
-        most = max(room - self.own_files - self.spare_visitors, 1)
-        if most < self.max_clients:
-            logger.warning("--max-clients lowered from %d to %d: %s", self.max_clients, most, why)
-            self.max_clients = int(most)
-        return room - self.own_files
 
     # Prices
 
-    def publish(self, updates: Iterable[Update]) -> None:
-        """Send the result of a successful poll to every client, and return then; no client can block it. Any thread.
+    def publish(self, updates: Iterable[Update]) -> list[str]:
+        """Send a successful poll's prices to every client, and return then; no client can block it. Any thread.
 
-        Raises ValueError, and sends nothing, for an asset that is not tracked; TimeoutError when a callback blocks.
+        Returns the assets that were sent. An update that is not sound (see prices.py) is dropped and named in the
+        log. Raises TimeoutError when a callback blocks the server thread.
         """
-        new, frames = self.encode(updates)
-        prices = {asset: json.dumps(update.price) for asset, update in new.items()}
-        self.call(lambda: self._publish(new, frames, prices), urgent=True)
+        sound, faults = split_sound(updates, self.assets)
+        sent: list[str] = self._loop.call(lambda: self._publish(sound, faults))
+        return sent
 
-    def report_failure(self, reason: str) -> None:
+    def _publish(self, updates: dict[str, Update], faults: dict[str, str]) -> list[str]:
+        self._note_faults(updates, faults)
+        if updates:
+            self._prices.remember(updates)
+            self._status.note_success()
+            self._hub.fan_out(updates)
+            texts = {asset: json.dumps(update.price) for asset, update in updates.items()}
+            poll = self._history.add(texts, self._wall_clock())
+            if self._archive:
+                self._archive.write(poll)
+        return list(updates)
+
+    def _note_faults(self, sound: dict[str, Update], faults: dict[str, str]) -> None:
+        new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._unsound]
+        back = [asset for asset in sound if asset in self._unsound]
+        self._unsound = self._unsound.union(faults).difference(back)
+        if new:
+            logger.warning("no sound price for %s; clients keep the last one", ", ".join(new)[:1000])
+        if back:
+            logger.log(NOTICE, "a sound price again for %s", ", ".join(back))
+
+    def report_failure(self, reason: str, cause: str = "other") -> None:
         """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
-        self.last_error = reason
-        self.hand_over(self._count_failure)
+        self._loop.call_soon(lambda: self._status.note_failure(reason, cause))
 
-    def _count_failure(self) -> None:
-        self.polls['{result="failure"}'] += 1
+    def note_poll(self, seconds: float, credits_used: int | None, credits_left: int | None) -> None:
+        """Note how long a poll took, and CoinAPI's credits; it ends a pause. Any thread."""
+        self._loop.call_soon(lambda: self._status.note_poll(seconds, credits_used, credits_left))
 
-    def _publish(self, new: dict[str, Update], frames: dict[str, bytes], prices: dict[str, str]) -> None:
-        if self._in_urgent and self.state == "running":  # from a call that had its turn between two clients
-            self._urgent.append((lambda: self._publish(new, frames, prices), Future()))
+    def pause(self) -> None:
+        """Note that polls are left out because there is no client. Any thread."""
+        self._loop.call_soon(lambda: setattr(self._status, "paused", True))
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last poll brought no prices; None when it brought some."""
+        return self._status.last_error
+
+    # Clients
+
+    @property
+    def client_count(self) -> int:
+        return self._status.client_count
+
+    @property
+    def clients(self) -> list[Client]:
+        """The open clients at this moment."""
+        clients: list[Client] = self._loop.call(lambda: list(self._hub.clients.values()))
+        return clients
+
+    @clients.setter
+    def clients(self, _: list[Client]) -> None:
+        """The library's __init__ sets an empty list."""
+
+    def follow(self, client: Client, assets: Iterable[str]) -> None:
+        """Set what a client follows, and send it the current price of what is new to it. Any thread.
+
+        Nothing happens for a client that has left. Raises ValueError for an asset that is not tracked.
+        """
+        followed = self._prices.choose(assets)
+        self._loop.call(lambda: self._hub.follow(client["handler"].connection, followed))
+
+    def message_received(self, client: Client, server: WebsocketServer, message: str | bytes) -> None:
+        """What a client's message does while no other function is set: see commands.py."""
+        if not is_command(message):
             return
-        self._in_urgent = True
+        connection = client["handler"].connection
         try:
-            self.remember(new, frames)
-            sent = self._send_to_all(frames)
-            self.messages_sent += sent  # read only now: calls between two clients add to it too
-            self.history.add(prices, self.last_success_time)
+            followed = apply_command(str(message), connection.assets, self._prices)
+        except ValueError as error:
+            self._hub.send(connection, encode_error(error))
+        else:
+            self._hub.follow(connection, followed)
+
+    def _call_back(self, name: str, client: Client, *message: str | bytes) -> None:
+        """Run one of the callbacks of user code; what it raises is logged and reaches no client."""
+        if name == "new_client":
+            self.client_came.set()
+        try:
+            getattr(self, name)(client, self, *message)
+        except BaseException as error:  # sys.exit() too: it would end the thread that serves every client
+            self._log.warn(name, f"the callback {name} failed", error)
+
+    def handler_to_client(self, handler: "ClientHandler") -> Client | None:
+        return self._hub.clients.get(handler.connection)
+
+    def _multicast(self, message: str | bytes) -> None:
+        self._loop.call(lambda: self._hub.send_to_all(message))
+
+    def _disconnect_clients_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
+        close = _checked_close(status, reason)
+        self._loop.call(lambda: self._hub.disconnect(list(self._hub.clients), *close))
+
+    def _disconnect_clients_abruptly(self) -> None:
+        self._loop.call(self._hub.drop_all)
+
+    def _deny_new_connections(self, status: int, reason: bytes | str) -> None:
+        self._hub.deny_close = _checked_close(status, reason)
+
+    def _allow_new_connections(self) -> None:
+        self._hub.deny_close = None
+
+    # Start and stop
+
+    @staticmethod
+    def files_needed(max_clients: int) -> int:
+        """Descriptors that a server with so many clients needs."""
+        return max_clients + OWN_FILES + SPARE_VISITORS
+
+    @property
+    def has_ended(self) -> bool:
+        return self._loop.state is State.ENDED
+
+    def server_activate(self) -> None:
+        configure_listener(self.socket)
+        super().server_activate()
+
+    def _run_forever(self, threaded: bool) -> None:
+        if threaded and self._loop.state is State.BEFORE:
+            self.thread = threading.Thread(target=self.serve_forever, name="server", daemon=True)
+            self.thread.start()
+            self._loop.started.wait()
+        else:
+            self.thread = threading.current_thread()
+            self.serve_forever()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """The loop, until a shutdown. `poll_interval` is the base class's, and not used."""
+        restore = _stop_on_interrupt(self._loop.request_stop)
+        try:
+            self._loop.run(self._hub)
         finally:
-            self._in_urgent = False
+            restore()
 
-    def _send_to_all(self, frames: dict[str, bytes]) -> int:
-        """How many messages went out. One send for each client: what is added to that counts 8,000 times."""
-        parts: dict[tuple[str, ...], tuple[tuple[str, ...], bytes]] = {}  # by what a client follows
-        messages = 0
-        for connection in list(self._clients):
-            if self._calls:
-                self.look()
-            part = parts.get(connection.assets)
-            if part is None:
-                if len(parts) >= MAX_SUBSETS:
-                    parts.clear()
-                assets = tuple(asset for asset in connection.assets if asset in frames)
-                part = parts[connection.assets] = assets, b"".join([frames[asset] for asset in assets])
-            assets, buffer = part
-            try:
-                sent = 0
-                if buffer and connection.state is CLIENT and not connection.kept and not connection.owed:
-                    try:
-                        sent = connection.socket.send(buffer)
-                    except BlockingIOError:
-                        pass
-                    if sent == len(buffer):
-                        messages += len(assets)
-                        continue
-                messages += connection.deliver(assets, sent)
-            except Exception as error:
-                self._fail(connection, error)
-        return messages
+    def _shutdown_gracefully(self, status: int = 1000, reason: bytes | str = b"") -> None:
+        self._shut_down(_checked_close(status, reason))
 
-    # Connections come and go
+    def _shutdown_abruptly(self) -> None:
+        self._shut_down(None)
 
-    def begin(self) -> None:
-        self.selector.register(self.socket, selectors.EVENT_READ, self.socket)
-        self._listening = True
+    def shutdown(self) -> None:
+        self._shut_down(self._hub.stop_close)
 
-    def serve(self, data: Any, events: int) -> None:
-        if data is self.socket:
-            self._accept()
-        elif events & data.watched & selectors.EVENT_READ:  # not one that was ended earlier in this batch
-            self.step(data, data.on_readable)
-        elif events & data.watched:
-            self.step(data, data.flush)
+    def server_close(self) -> None:
+        """The base class calls this too, when it cannot bind its socket."""
+        self._shut_down(self._hub.stop_close)
+        if self.has_ended:
+            self.socket.close()  # one that never listened, too
 
-    def look_around(self) -> None:
-        self._accept()
-        super().look_around()
-
-    def _accept(self) -> None:
-        for _ in range(ACCEPT_AT_ONCE if self._listening else 0):
-            try:
-                sock, address = self.socket.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in NO_DESCRIPTOR:
-                    # It stays in the kernel's queue, and select would return at once: no spinning until housekeeping.
-                    self._stop_listening()
-                    self.warn("exhausted", f"cannot accept clients for now: {error.strerror}")
-                return
-            sock.setblocking(False)
-            others = self._visitors or self._answered  # clients never take all the room
-            if others and len(self._visitors) + len(self._answered) + len(self._clients) >= self._room:
-                self.leave(next(iter(others)))
-            connection = Connection(self, sock, address)
-            self._visitors[connection] = None
-            self.step(connection, connection.on_readable)  # the request is mostly here by now
-            if connection.state is VISITOR:
-                self.step(connection, partial(self.watch, connection, selectors.EVENT_READ))
-            self.look()
-
-    def _stop_listening(self) -> None:
-        if self._listening:
-            self.selector.unregister(self.socket)
-            self._listening = False
-
-    def step(self, connection: Connection, function: Callable[[], Any]) -> None:
-        """One step of one connection: what goes wrong in it ends this one only."""
-        try:
-            function()
-        except BlockingIOError:
-            pass
-        except Exception as error:
-            self._fail(connection, error)
-        if connection.state is not VISITOR and connection in self._visitors:
-            del self._visitors[connection]
-            self._answered[connection] = None
-        if self.held > self.max_held:
-            self._drop_largest()
-
-    def _fail(self, connection: Connection, error: Exception) -> None:
-        if isinstance(error, OSError):
-            logger.debug("connection lost: %s", error)
-            self.leave(connection)
+    def _shut_down(self, close: tuple[int, str | bytes] | None) -> None:
+        """close: what every client gets; None to hang up without."""
+        self._hub.stop_close = close
+        if self._loop.state is State.BEFORE:
+            self._loop.close(self._hub)
         else:
-            self.warn("failed", f"a connection failed, and is ended: {error!r}", error)
-            self.drop(connection, "failed")
+            self._loop.stop()
 
-    def admit(self, connection: Connection, upgrade: Upgrade) -> None:
-        """A visitor asks to be a client."""
-        if self._deny_frame:
-            self.note_refused("denied")
-            connection.assets = upgrade.assets  # it speaks WebSocket, and has a close's time to hang up
-            connection.end([upgrade.head, self._deny_frame], self.close_timeout)
-            return
-        del self._visitors[connection]
-        self.id_counter += 1
-        client = {"id": self.id_counter, "handler": connection, "address": connection.address}
-        self._clients[connection] = client
-        self.client_count = len(self._clients)
-        self.call_back("new_client", client)
-        self.client_came.set()
-        logger.debug("client %s came, clients connected: %d", _address(connection, upgrade), self.client_count)
-        connection.become_client(upgrade)
+    def _open_archive(self, file: str, source: str, quote: str) -> None:
+        self._archive = archive = Archive(
+            file,
+            source,
+            quote,
+            self.assets,
+            loaded=lambda loaded: self._loop.call_soon(lambda: archive.write(self._history.load(loaded))),
+            wall_clock=self._wall_clock,
+        )
+        archive.start()
 
-    def note_refused(self, reason: str) -> None:
-        """A request for the feed got no client."""
-        self.refused[f'{{reason="{reason}"}}'] += 1
-        if reason == "full":
-            self.warn("full", f"full, clients connected: {self.client_count}; the next ones get 503")
+    def _run_housekeeping(self) -> None:
+        if self._archive:
+            report = self._archive.report
+            self._status.history_state = report.state
+            self._status.history_write_errors = report.write_errors
+            self._status.history_last_write = report.last_write
+        self.on_housekeeping()
 
-    def ask_history(self, connection: Connection, question: Question) -> None:
-        """A visitor asks for the past."""
-        del self._visitors[connection]
-        self._answered[connection] = question
-
-        def answer(pieces: list[bytes] | None) -> None:  # in the history thread
-            self.hand_over(lambda: self.step(connection, partial(self._answer_question, connection, pieces)))
-
-        if not self.history.ask(question.range_name, question.assets, answer, lambda: connection.state is WAITING):
-            self._answer_question(connection, None)
-
-    def _answer_question(self, connection: Connection, pieces: list[bytes] | None) -> None:
-        question = self._answered.get(connection)
-        if question is not None and connection.state is WAITING:
-            self._answered[connection] = None  # who takes it slowly does not hold the head of the request
-            connection.answer(answer_history(question, self, pieces))
-
-    def hear(self, connection: Connection, message: str | bytes) -> None:
-        """A client said something: the callback hears it before the rest is read."""
-        self.call_back("message_received", self._clients[connection], message)
-        self._callbacks.append(partial(self.step, connection, connection.receive))
-
-    def watch(self, connection: Connection, events: int) -> None:
-        """Wait for these events of a connection from now on."""
-        if connection.watched == events or connection.state is ENDED:
-            return
-        before, connection.watched = connection.watched, 0  # what a selector fails at is not in it any more
-        if not before:
-            self.selector.register(connection.socket, events, connection)
-        elif events:
-            self.selector.modify(connection.socket, events, connection)
-        else:
-            self.selector.unregister(connection.socket)
-        connection.watched = events
-
-    def leave(self, connection: Connection) -> None:
-        """A connection is at its end: close it and forget it."""
-        if connection.state is ENDED:
-            return
-        if connection.watched:
-            self.selector.unregister(connection.socket)
-            connection.watched = 0
-        connection.shut()
-        self._visitors.pop(connection, None)
-        self._answered.pop(connection, None)
-        client = self._clients.pop(connection, None)
-        if client is not None:
-            self.client_count = len(self._clients)
-            self.call_back("client_left", client)
-            logger.debug("client left, clients connected: %d", self.client_count)
-
-    def hold(self, piece: bytes, change: int) -> None:
-        """A connection keeps this piece (change: 1), or no longer (-1); a large one that several keep counts once."""
-        if len(piece) >= SHARED_SIZE:
-            self._shared[id(piece)] += change
-            if self._shared[id(piece)] > (change > 0):
-                return
-            if change < 0:
-                del self._shared[id(piece)]
-        self.held += change * len(piece)
-
-    def _everyone(self) -> list[Connection]:
-        return [*self._visitors, *self._answered, *self._clients]
-
-    def _drop_largest(self) -> None:
-        self.warn("memory", f"over {self.max_held} bytes wait for connections: the largest ones are dropped")
-        for connection in sorted(self._everyone(), key=lambda each: each.held, reverse=True):
-            if self.held > self.max_held:
-                self.drop(connection, "memory")
-
-    def drop(self, connection: Connection, reason: str) -> None:
-        """Hang up without a word; of a client the reason is counted."""
-        if connection in self._clients:
-            self.dropped[f'{{reason="{reason}"}}'] += 1
-            logger.debug("client dropped: %s", reason)
-        self.leave(connection)
-
-    # Housekeeping
-
-    def keep_house(self, now: float) -> None:
-        """Deadlines, pings, stale prices."""
-        if not self._listening and not self._stop_begun:
-            self.begin()
-        for connection in self._everyone():
-            self.look()
-            if 0 < connection.deadline < now or 0 < connection.message_deadline < now:
-                self.step(connection, partial(self._be_late, connection))
-        if now >= self._next_ping:
-            self._next_ping = now + self.ping_interval
-            self._ping_some(iter(list(self._clients)))
-        stale = self.status() == "stale"
-        if stale and not self._stale:
-            logger.warning("prices are stale: no successful poll for %.0f s", self.age() or 0)
-        self._stale = stale
-        self.service_actions()
-
-    def _be_late(self, connection: Connection) -> None:
-        if connection.state is WAITING:
-            self._answer_question(connection, None)
-        elif connection.state is CLIENT:
-            self.drop(connection, "behind" if connection.deadline else "unfinished")
-        else:
-            self.drop(connection, "no_close")
-
-    def _ping_some(self, connections: Iterator[Connection]) -> None:
-        """In slices, or 8,000 pings would be one step."""
-        for number, connection in enumerate(connections, 1):
-            self.step(connection, partial(self._ping, connection))
-            self.look()
-            if number == AT_ONCE:
-                self._callbacks.append(partial(self._ping_some, connections))
-                return
-
-    def _ping(self, connection: Connection) -> None:
-        if connection.state is CLIENT and connection.unanswered >= self.max_unanswered:
-            self.drop(connection, "no_pong")
-        else:
-            connection.unanswered += 1
-            connection.send_frames(PING)
-
-    # The stop
-
-    def begin_stop(self) -> None:
-        """Take no more connections; say goodbye to the clients, and nothing to who has no answer on its way."""
-        self._stop_listening()
-        self.socket.close()
-        for connection in self._everyone():
-            if self._stop_frame is None or connection.state in (VISITOR, WAITING):
-                self.leave(connection)
-            else:
-                self.step(connection, partial(connection.close, self._stop_frame))
-
-    def is_done(self) -> bool:
-        return not self._clients and not self._answered
-
-    def end(self) -> None:
-        for connection in self._everyone():
-            self.leave(connection)
-        self.history.stop()
-        self.socket.close()
-        self.close_wakers()
+    def _stop_archive(self) -> None:
+        if self._archive:
+            self._archive.stop()
 
 
-def _address(connection: Connection, upgrade: Upgrade) -> str:
-    """Whose client it is: a proxy on this machine tells."""
-    host = str(connection.address[0])
-    forwarded = "".join(char for char in upgrade.forwarded_for[:100] if char.isprintable())
-    return forwarded if forwarded and (host.startswith("127.") or host == "::1") else host
+class ClientHandler:
+    """The 'handler' in a client's dict: what may be done to one client, from any thread.
+
+    For a client that has left it does nothing.
+    """
+
+    __slots__ = ("_server", "connection")
+
+    def __init__(self, server: PriceServer, connection: Connection):
+        self._server = server
+        self.connection = connection
+
+    def send_message(self, message: str | bytes) -> None:
+        """Send a message after what is pending; a client with over 1 MiB pending is dropped.
+
+        Raises ValueError for bytes to a client of an event stream.
+        """
+        self._server._loop.call(lambda: self._server._hub.send(self.connection, message))
+
+    def send_close(self, status: int = 1000, reason: str | bytes = b"") -> None:
+        """Disconnect the client after what is pending. Raises ValueError for a reason over 123 bytes of UTF-8."""
+        close = _checked_close(status, reason)
+        self._server._loop.call(lambda: self._server._hub.disconnect([self.connection], *close))
+
+
+def _checked_close(status: int, reason: str | bytes) -> tuple[int, str | bytes]:
+    """Raises ValueError for a reason over 123 bytes of UTF-8."""
+    encode_close(status, reason)
+    return status, reason
+
+
+def _stop_on_interrupt(stop: Callable[[], None]) -> Callable[[], Any]:
+    """In the main thread ^C is a stop: raised, it could end a step half-way. Returns what restores the handler."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
+        return lambda: None
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, handler)  # a second one ends the program at once
+        stop()
+
+    signal.signal(signal.SIGINT, interrupt)
+    return lambda: signal.signal(signal.SIGINT, handler)

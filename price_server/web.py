@@ -1,132 +1,153 @@
-"""The head of one HTTP request to what is sent back: an answer, or an upgrade and the assets it follows.
+"""One HTTP request to one response, or to a new client.
 
-Reads the server's figures; no socket, no connection, no thread. What is asked of history is a
-`Question`: the connection has it answered, and `answer_history` makes the HTTP of that.
+No socket, no connection, no thread: bytes in, and what is to be sent out. The server thread owns a `Site`.
 """
 
 import base64
 import hashlib
 import json
+import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .figures import Figures
+from .origins import Origins
+from .pages import PAGE, PageFile, Pages
+from .prices import Prices
+from .status import Status
 
 MAX_REQUEST = 32 << 10  # bytes of request line and headers
 MAX_HEADERS = 100
+MAX_QUERY = 8 << 10  # bytes: 400 assets fit, and parsing takes less than a millisecond
+MAX_FIELDS = 100  # of a query
 REQUEST_LINE = re.compile(r"([!-~]+)[ \t]+(\S+)(?:[ \t]+HTTP/(\d\.\d))?[ \t]*", re.ASCII)
 HEADER = re.compile(r"([!-9;-~]+):([\t -~\x80-\xff]*)")
-MAX_QUERY = 1 << 10  # bytes, so that taking it apart is a matter of microseconds
-MAX_FIELDS = 100  # of a query
-DASHBOARD = Path(__file__).with_name("dashboard.html")
+HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:[ \t]*,[ \t]*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
+METHODS = ("GET", "HEAD", "OPTIONS")
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 JSON = "application/json"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+CSV = "text/csv; charset=utf-8"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; manifest-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'"
+)
+RETRY = (1_500, 3_000)  # ms, at random: thousands of clients must not come back in one instant
+PATHS = "/, /ws, /stream, /prices, /history, /healthz and /metrics"
 
 
-class Answer(NamedTuple):
-    """A whole HTTP answer, the last that its connection gets, in pieces; large ones are shared by all who take them."""
+class History(Protocol):
+    def describe(self) -> list[dict[str, Any]]: ...
+    def answer(self, range_name: str, assets: Sequence[str]) -> list[bytes]: ...
+    def csv(self, range_name: str, assets: Sequence[str]) -> Iterator[bytes]: ...
 
-    pieces: Sequence[bytes]
-    status: int = 200
+
+class Response(NamedTuple):
+    """A whole HTTP response, the last thing that its connection gets."""
+
+    head: bytes
+    body: Iterable[bytes]  # a list whose pieces may be shared by many, or an iterator that makes them when taken
+    status: int
     refused: str = ""  # why a request for the feed got no client
 
 
-class Upgrade(NamedTuple):
-    """A client: `head` makes it one, `assets` it follows, `forwarded_for` is what a proxy says of its address."""
+class NewClient(NamedTuple):
+    """A request that becomes a client once `head` is sent."""
 
     head: bytes
-    assets: tuple[str, ...]
-    forwarded_for: str
+    format: str  # the name of one of formats.FORMATS
+    assets: tuple[str, ...]  # that it follows
+    forwarded_for: str  # what a proxy says of its address
 
 
-class Question(NamedTuple):
-    """A request that only history can answer."""
+class HttpError(Exception):
+    """An error response: its status, the text of its JSON, the headers it needs (Retry_After for Retry-After).
 
-    request: "Request"
-    range_name: str
-    assets: tuple[str, ...]
-
-
-class Refusal(Exception):
-    """An HTTP error answer: its status, the text of its JSON, the headers it needs."""
+    refused: why a request for the feed gets no client; it is counted under this word, which may be a new one.
+    """
 
     def __init__(self, status: int, message: str, refused: str = "", **headers: str):
         super().__init__(message)
         self.status = status
         self.refused = refused
-        self.headers = headers
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 class Request:
-    """The head of a request that is whole: RFC 9112, 2 to 5.
+    """The head of a request: RFC 9112, 2 to 5.
 
-    The standard library's parser takes a head for an e-mail, which costs as much as all the rest of an answer, and
-    where a line is no header it leaves out those behind it without a word.
+    The standard library parses a head as an e-mail, which takes as long as the rest of a response, and silently
+    leaves out what follows a malformed line.
     """
 
     def __init__(self, head: bytes):
         self.method = ""
         self._lines = head.decode("latin-1").replace("\r\n", "\n").rstrip("\n").split("\n")
         self._headers: dict[str, list[str]] = {}
+        self._fields: dict[str, list[str]] | None = None
 
     def parse(self) -> None:
-        """Raises Refusal for what is no request that this server answers."""
+        """Raises HttpError for a request that this server does not answer."""
         if not (line := REQUEST_LINE.fullmatch(self._lines[0])):
-            raise Refusal(400, f"not a request line: {self._lines[0][:40]!r}")
+            raise HttpError(400, f"not a request line: {self._lines[0][:40]!r}")
         self.method, target, self.version = line.groups("1.1")
         if self.version >= "2":
-            raise Refusal(505, f"HTTP/{self.version} is not supported, only HTTP/1.1")
+            raise HttpError(505, f"HTTP/{self.version} is not supported, only HTTP/1.1")
         self._read_headers()
-        if self.method not in ("GET", "HEAD"):
-            raise Refusal(405, f"method {self.method[:20]} is not supported, only GET and HEAD", Allow="GET, HEAD")
+        if self.method not in METHODS:
+            message = f"method {self.method[:20]} is not supported, only GET, HEAD and OPTIONS"
+            raise HttpError(405, message, Allow=", ".join(METHODS))
         try:
             # Two slashes would be taken for the start of a host.
             url = urlsplit("/" + target.lstrip("/") if target.startswith("//") else target)
         except ValueError:
-            raise Refusal(400, "the request target is not a URL") from None
+            raise HttpError(400, "the request target is not a URL") from None
         if len(url.query) > MAX_QUERY:
-            raise Refusal(414, f"query of {len(url.query)} bytes: {MAX_QUERY} are the most")
+            raise HttpError(414, f"query of {len(url.query)} bytes: at most {MAX_QUERY} are allowed")
         self.path, self.query = unquote(url.path), url.query
 
     def _read_headers(self) -> None:
         if len(self._lines) > MAX_HEADERS + 1:
-            raise Refusal(431, f"more than {MAX_HEADERS} headers")
+            raise HttpError(431, f"more than {MAX_HEADERS} headers")
         for line in self._lines[1:]:
-            if not (header := HEADER.fullmatch(line)):  # folded, too, or it could be sent back as two
-                raise Refusal(400, f"not a header: {line[:40]!r}")
+            if not (header := HEADER.fullmatch(line)):  # a folded one too, because it could be echoed as two
+                raise HttpError(400, f"not a header: {line[:40]!r}")
             self._headers.setdefault(header[1].lower(), []).append(header[2].strip(" \t"))
 
     def all(self, header: str) -> list[str]:
-        """The value of each header of this name; the name is given in small letters."""
+        """The value of each header of this name, which is given in lower case."""
         return self._headers.get(header, [])
 
     def first(self, header: str) -> str:
         """The value of the first of them, or "" without one."""
-        return self.all(header)[0] if header in self._headers else ""
+        return self._headers[header][0] if header in self._headers else ""
 
     def tokens(self, header: str) -> list[str]:
-        """The parts of a header that is a list."""
+        """The items of a header that is a list, in lower case."""
         return [token.strip().lower() for token in ",".join(self.all(header)).split(",")]
 
-    def fields(self, name: str) -> list[str] | None:
-        """The values of this field of the query; None when it does not stand there."""
-        try:
-            return parse_qs(self.query, keep_blank_values=True, max_num_fields=MAX_FIELDS).get(name)
-        except ValueError:
-            raise Refusal(400, f"query of more than {MAX_FIELDS} fields") from None
+    def fields(self, name: str) -> list[str]:
+        """The values of this field of the query."""
+        if not self.query:
+            return []
+        if self._fields is None:
+            try:
+                self._fields = parse_qs(self.query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
+            except ValueError:
+                raise HttpError(400, f"query of more than {MAX_FIELDS} fields") from None
+        return self._fields.get(name, [])
 
 
 def find_end(buffer: bytearray, searched: int) -> int:
     """Where the first empty line of a head ends, CRLF or LF; -1 while it has none.
 
-    searched: how much of it was looked at before, so that a dribbling peer costs nothing.
+    searched: how many bytes were searched before, so that a peer that dribbles costs nothing.
     """
     if buffer.startswith((b"\n", b"\r\n")):
         return buffer.index(b"\n") + 1
@@ -135,67 +156,209 @@ def find_end(buffer: bytearray, searched: int) -> int:
     return min(ends, default=-1)
 
 
-def respond(head: bytes, figures: Figures, ranges: Sequence[Any]) -> Answer | Upgrade | Question:
-    """What is to be done about a request whose head is whole. `ranges`: what history keeps, as /healthz tells it."""
-    request = Request(head)
-    try:
-        request.parse()
-        return _respond(request, figures, ranges)
-    except Refusal as refusal:
-        return refuse(refusal, figures, request)
+class Site:
+    """The paths of one server and what is behind them.
 
+    allow_origins: the web origins that may read; without any, all may. Raises ValueError for what is not an origin.
+    folder: the page's files.
+    """
 
-def refuse(refusal: Refusal, figures: Figures, request: Request | None = None) -> Answer:
-    """An error's answer, in JSON like the rest."""
-    body = json.dumps({"error": str(refusal)}).encode()
-    answer = _answer(request, figures, body, status=refusal.status, **refusal.headers)
-    return answer._replace(refused=refusal.refused)
+    def __init__(
+        self,
+        prices: Prices,
+        history: History,
+        status: Status,
+        *,
+        allow_origins: Iterable[str] = (),
+        folder: Path = PAGE,
+    ):
+        self.prices = prices
+        self.history = history
+        self.status = status
+        self.origins = Origins(allow_origins)
+        self.pages = Pages(folder)
+        self._ranges = [each["name"] for each in history.describe()]
 
+    def respond(self, head: bytes) -> Response | NewClient:
+        """What a request, given by its complete head, gets."""
+        request = Request(head)
+        try:
+            request.parse()
+            if request.method == "OPTIONS":
+                return self._options(request)
+            return self._route(request)
+        except HttpError as error:
+            return self.refuse(error, request)
 
-def answer_history(question: Question, figures: Figures, pieces: list[bytes] | None) -> Answer:
-    """The HTTP of what history said; `pieces` is None when it could not be asked, or did not answer."""
-    if pieces is None:
-        refusal = Refusal(503, "history does not answer for now", Retry_After="10")
-        return refuse(refusal, figures, question.request)
-    return _answer(question.request, figures, *pieces)
+    def refuse(self, error: HttpError, request: Request | None = None) -> Response:
+        """The response to a request that cannot be fulfilled; without a request, to one that was never complete."""
+        body = json.dumps({"error": str(error)}).encode()
+        response = self._send(request, body, status=error.status, headers=error.headers)
+        return response._replace(refused=error.refused)
 
+    def _route(self, request: Request) -> Response | NewClient:
+        match request.path.split("/"):
+            case ["", "ws"]:
+                return self._websocket(request)
+            case ["", "stream"]:
+                return self._event_stream(request)
+            case ["", "prices"]:
+                return self._prices(request)
+            case ["", "prices", asset_id]:
+                return self._send(request, self._price(asset_id.upper()))
+            case ["", "history"]:
+                return self._history(request)
+            case ["", "healthz"]:
+                status = 200 if self.status.state() in ("ok", "paused") else 503
+                return self._send(request, json.dumps(self.status.health()).encode(), status=status)
+            case ["", "metrics"]:
+                return self._send(request, self.status.metrics().encode(), content_type=METRICS)
+        return self._page(request)
 
-def _respond(request: Request, figures: Figures, ranges: Sequence[Any]) -> Answer | Upgrade | Question:
-    match request.path.split("/")[1:]:
-        case ["ws"]:
-            return _upgrade(request, figures)
-        case [""]:
-            return _dashboard(request, figures)
-        case ["history"]:
-            return _question(request, figures, ranges)
-        case ["prices"]:
-            updates = ",".join([update.to_json() for update in figures.updates.values()])
-            return _answer(request, figures, f"[{updates}]".encode())
-        case ["prices", asset_id]:
-            return _answer(request, figures, _price(asset_id.upper(), figures))
-        case ["healthz"]:
-            status = 200 if figures.status() in ("ok", "paused") else 503
-            return _answer(request, figures, json.dumps(figures.health(ranges)).encode(), status=status)
-        case ["metrics"]:
-            text = figures.metrics().encode()
-            return _answer(request, figures, text, content_type="text/plain; version=0.0.4; charset=utf-8")
-    raise Refusal(404, "not found: there are /, /ws, /prices, /history, /healthz and /metrics")
+    # The feed
 
+    def _websocket(self, request: Request) -> NewClient:
+        """The opening handshake (RFC 6455, 4.2)."""
+        assets = self._requested_assets(request, refused="asset")
+        key = _checked_key(request)
+        self.check_admission(request)
+        accept = base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest())  # noqa: S324 - the RFC's
+        head = (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
+        )
+        return NewClient(head, "websocket", assets, request.first("x-forwarded-for"))
 
-def _upgrade(request: Request, figures: Figures) -> Upgrade:
-    """The opening handshake (RFC 6455, 4.2)."""
-    assets = _wanted(request, figures, refused="asset")
-    key = _checked_key(request)
-    if not _origin_is_allowed(request, figures):
-        raise Refusal(403, f"origin {request.first('origin')[:100]} is not allowed", "origin")
-    if figures.client_count >= figures.max_clients:
-        raise Refusal(503, f"full, clients connected: {figures.max_clients}", "full", Retry_After="10")
-    accept = base64.b64encode(hashlib.sha1(key.encode() + ACCEPT_GUID).digest())  # noqa: S324 - the RFC's
-    head = (
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
-    )
-    return Upgrade(head, assets, request.first("x-forwarded-for"))
+    def _event_stream(self, request: Request) -> Response | NewClient:
+        """Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+        assets = self._requested_assets(request, refused="asset")
+        self.check_admission(request)
+        # It ends with its connection: HAProxy cuts a chunked one after `timeout server`.
+        head = self._head(request, 200, "text/event-stream", length=None, headers={"X-Accel-Buffering": "no"})
+        if request.method == "HEAD":
+            return Response(head, [], 200)
+        retry = b"retry: %d\n" % random.randint(*RETRY)
+        return NewClient(head + retry, "event_stream", assets, request.first("x-forwarded-for"))
+
+    def check_admission(self, request: Request) -> None:
+        """Raises HttpError for a request on the feed's paths that may not become a client."""
+        if not self._may_read(request):
+            raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed", "origin")
+        if self.status.client_count >= self.status.max_clients:
+            raise HttpError(503, f"full, clients connected: {self.status.max_clients}", "full", Retry_After="10")
+
+    # The prices
+
+    def _prices(self, request: Request) -> Response:
+        texts = self.prices.texts
+        messages = [texts[asset] for asset in self._requested_assets(request) if asset in texts]
+        return self._send(request, f"[{','.join(messages)}]".encode())
+
+    def _price(self, asset_id: str) -> bytes:
+        if asset_id in self.prices.texts:
+            return self.prices.texts[asset_id].encode()
+        if asset_id in self.prices.assets:
+            raise HttpError(503, f"no price of {asset_id} is known yet", Retry_After="5")
+        raise HttpError(404, self.prices.unknown(asset_id))
+
+    def _history(self, request: Request) -> Response:
+        range_name = (request.fields("range") or self._ranges[:1])[-1]
+        if range_name not in self._ranges:
+            raise HttpError(400, f"unknown range {range_name[:40]!r}: there are {', '.join(self._ranges)}")
+        assets = self._requested_assets(request)
+        match (request.fields("format") or ["json"])[-1]:
+            case "json":
+                return self._send(request, *self.history.answer(range_name, assets))
+            case "csv":
+                name = f"prices-{range_name}-{self.status.quote}.csv"
+                headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+                head = self._head(request, 200, CSV, length=None, headers=headers)
+                is_head = request.method == "HEAD"
+                return Response(head, [] if is_head else self.history.csv(range_name, assets), 200)
+            case other:
+                raise HttpError(400, f"unknown format {other[:40]!r}: there are json, csv")
+
+    def _requested_assets(self, request: Request, refused: str = "") -> tuple[str, ...]:
+        """The assets of `?assets=` in tracked order; all when it is not there."""
+        values = request.fields("assets")
+        if not values:
+            return self.prices.assets
+        try:
+            return self.prices.choose([each for each in ",".join(values).split(",") if each.strip()])
+        except ValueError as error:
+            raise HttpError(400, str(error), refused) from None
+
+    # The page, and pages of other servers
+
+    def _page(self, request: Request) -> Response:
+        file = self.pages.find(request.path, ",".join(request.all("accept-encoding")))
+        if file is None:
+            if request.path == "/":
+                raise HttpError(404, f"no page: there is no index.html in the folder {self.pages.folder.name}")
+            raise HttpError(404, f"not found: there are {PATHS}")
+        headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+        if file.encoding:
+            headers["Content-Encoding"] = file.encoding
+        if file.content_type.startswith("text/html"):
+            headers["Content-Security-Policy"] = f"{PAGE_POLICY}; {self.origins.frame_ancestors}"
+        if _is_known(request, file):
+            return Response(self._head(request, 304, "", length=None, headers=headers), [], 304)
+        return self._send(request, file.body, content_type=file.content_type, headers=headers)
+
+    def _options(self, request: Request) -> Response:
+        """CORS preflight: https://fetch.spec.whatwg.org/#cors-preflight-fetch."""
+        headers = {"Allow": ", ".join(METHODS)}
+        if request.all("origin"):
+            if not self._may_read(request):
+                raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed")
+            headers |= {"Access-Control-Allow-Methods": ", ".join(METHODS), "Access-Control-Max-Age": "600"}
+            asked = ", ".join(request.all("access-control-request-headers"))
+            if HEADER_NAMES.fullmatch(asked):
+                headers["Access-Control-Allow-Headers"] = asked
+        return Response(self._head(request, 204, "", length=None, headers=headers), [], 204)
+
+    def _may_read(self, request: Request) -> bool:
+        """Only browsers send an origin, and hold back what its page may not read."""
+        return not request.all("origin") or self.origins.allow(request.first("origin"), request.first("host"))
+
+    # HTTP
+
+    def _send(
+        self,
+        request: Request | None,
+        *body: bytes,
+        content_type: str = JSON,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+    ) -> Response:
+        """A response of known length; HEAD gets the same without its body."""
+        head = self._head(request, status, content_type, sum(map(len, body)), headers or {})
+        return Response(head, [] if request and request.method == "HEAD" else list(body), status)
+
+    def _head(
+        self, request: Request | None, status: int, content_type: str, length: int | None, headers: dict[str, str]
+    ) -> bytes:
+        """content_type: "" for none. length: of the body; None for none, or where only the end of it tells."""
+        fields = {
+            "Server": "price-server",
+            "Date": _date(int(time.time())),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Connection": "close",
+        }
+        if content_type:
+            fields["Content-Type"] = content_type
+        if length is not None:
+            fields["Content-Length"] = str(length)
+        fields |= headers
+        if not self.origins.is_restricted:
+            fields["Access-Control-Allow-Origin"] = "*"
+        else:
+            fields["Vary"] = f"Origin, {fields['Vary']}" if "Vary" in fields else "Origin"
+            if request and request.all("origin") and self._may_read(request):
+                fields["Access-Control-Allow-Origin"] = request.first("origin")
+        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+        return f"{_status_line(status)}{''.join(lines)}\r\n".encode("latin-1")
 
 
 def _checked_key(request: Request) -> str:
@@ -207,108 +370,28 @@ def _checked_key(request: Request) -> str:
         or "upgrade" not in request.tokens("connection")
     ):
         message = "this path speaks WebSocket: connect to it with a WebSocket client"
-        raise Refusal(426, message, "handshake", Upgrade="websocket")
+        raise HttpError(426, message, "handshake", Upgrade="websocket")
     if request.tokens("sec-websocket-version") != ["13"]:
-        raise Refusal(426, "Sec-WebSocket-Version must be 13", "handshake", Sec_WebSocket_Version="13")
+        raise HttpError(426, "Sec-WebSocket-Version must be 13", "handshake", Sec_WebSocket_Version="13")
     if len(request.all("host")) != 1:
-        raise Refusal(400, "there must be one Host header", "handshake")
+        raise HttpError(400, "there must be one Host header", "handshake")
     match request.all("sec-websocket-key"):
         case [key] if re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
             return key
-    raise Refusal(400, "Sec-WebSocket-Key must be 16 bytes in base64", "handshake")
+    raise HttpError(400, "Sec-WebSocket-Key must be 16 bytes in base64", "handshake")
 
 
-def _question(request: Request, figures: Figures, ranges: Sequence[Any]) -> Question:
-    names = [each["name"] for each in ranges]
-    range_name = (request.fields("range") or names[:1])[-1]
-    if range_name not in names:
-        raise Refusal(400, f"unknown range {range_name[:40]!r}: there are {', '.join(names)}")
-    return Question(request, range_name, _wanted(request, figures))
+def _is_known(request: Request, file: PageFile) -> bool:
+    """Whether the browser has these bytes already (RFC 9110, 13.1.2)."""
+    known = [each.strip() for each in ",".join(request.all("if-none-match")).split(",")]
+    return "*" in known or file.etag in known or file.etag.removeprefix("W/") in known
 
 
-def _wanted(request: Request, figures: Figures, refused: str = "") -> tuple[str, ...]:
-    """The assets of `?assets=`, in the order tracked; all when it does not say."""
-    values = request.fields("assets")
-    if values is None:
-        return figures.assets
-    ids = {asset_id.strip().upper() for asset_id in ",".join(values).split(",")}
-    for asset_id in sorted(ids.difference(figures.assets)):
-        raise Refusal(400, figures.unknown(asset_id), refused)
-    return tuple(asset for asset in figures.assets if asset in ids)
-
-
-def _price(asset_id: str, figures: Figures) -> bytes:
-    if asset_id not in figures.assets:
-        raise Refusal(404, figures.unknown(asset_id))
-    if asset_id not in figures.updates:
-        raise Refusal(503, f"no price of {asset_id} is known yet", Retry_After="5")
-    return figures.updates[asset_id].to_json().encode()
-
-
-def _dashboard(request: Request, figures: Figures) -> Answer:
-    try:
-        page, policy = _read_dashboard(DASHBOARD, DASHBOARD.stat().st_mtime_ns)
-    except OSError as error:
-        raise Refusal(404, f"no page: {DASHBOARD.name} beside {Path(__file__).name}: {error.strerror}") from None
-    return _answer(request, figures, page, content_type="text/html; charset=utf-8", Content_Security_Policy=policy)
-
-
-@lru_cache(maxsize=1)
-def _read_dashboard(path: Path, _: int) -> tuple[bytes, str]:
-    """The page and its Content-Security-Policy: read anew when it has changed, and held once for all who take it."""
-    page = path.read_bytes().replace(b"\r\n", b"\n")  # as a browser reads it before it hashes
-    # Only the script and the style that stand in the page may run, and only this server may be asked.
-    hashes = {tag: _hashes(rb"<%b>(.*?)</%b>" % (tag, tag), page) for tag in (b"script", b"style")}
-    policy = (
-        f"default-src 'none'; script-src {hashes[b'script']}; style-src {hashes[b'style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
-    )
-    return page, policy
-
-
-def _hashes(pattern: bytes, page: bytes) -> str:
-    digests = [hashlib.sha256(part).digest() for part in re.findall(pattern, page, re.DOTALL)]
-    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-
-def _answer(
-    request: Request | None,
-    figures: Figures,
-    *body: bytes,
-    content_type: str = JSON,
-    status: int = 200,
-    **headers: str,
-) -> Answer:
-    """A whole answer; HEAD gets all but the body."""
-    lines = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "Server: price-server",
-        f"Date: {_date(int(time.time()))}",
-        f"Content-Type: {content_type}",
-        f"Content-Length: {sum(map(len, body))}",
-        "Cache-Control: no-store",
-        "X-Content-Type-Options: nosniff",
-        "Connection: close",
-    ]
-    if not figures.allow_origins:
-        lines.append("Access-Control-Allow-Origin: *")
-    else:
-        lines.append("Vary: Origin")
-        if request and request.all("origin") and _origin_is_allowed(request, figures):
-            lines.append(f"Access-Control-Allow-Origin: {request.first('origin')}")
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-    return Answer([head] if request and request.method == "HEAD" else [head, *body], status)
+@lru_cache
+def _status_line(status: int) -> str:
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
 
 
 @lru_cache(maxsize=1)
 def _date(second: int) -> str:
     return formatdate(second, usegmt=True)
-
-
-def _origin_is_allowed(request: Request, figures: Figures) -> bool:
-    """A browser's page may read if it came from here, or from an allowed origin; the rest are no browsers."""
-    if not request.all("origin") or not figures.allow_origins:
-        return True
-    origin, host = request.first("origin").lower(), request.first("host").lower()
-    return origin in figures.allow_origins or origin in (f"http://{host}", f"https://{host}")

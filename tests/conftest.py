@@ -5,16 +5,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
-from raw import Clock
+from rigged import Clock, RiggedServer
 from running import ASSETS
 from stand_in import StandIn
 
 from coin_api import PriceUpdate
 from price_server import PriceServer
 
-pytest_plugins = ("browser",)  # its fixtures
+pytest_plugins = ("browser", "calling", "sites")  # their fixtures
 
 sys.setswitchinterval(0.0002)  # as the program does at its start
 # What runs the tests may ignore these (nohup, a job in the background), and each program started here would too.
@@ -31,12 +32,15 @@ def coin_api() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def start_server() -> Iterator[Callable[..., PriceServer]]:
-    """Starts PriceServers in this process, on free ports; they are stopped behind the test."""
+def start_server() -> Iterator[Callable[..., RiggedServer]]:
+    """Starts PriceServers in this process, on free ports; they are stopped after the test.
+
+    They are plain ones, but for `kind=RiggedServer`.
+    """
     with ExitStack() as stack:
 
-        def start(assets: tuple[str, ...] = ASSETS, **options: object) -> PriceServer:
-            server = PriceServer(assets, **options)  # type: ignore[arg-type]
+        def start(assets: tuple[str, ...] = ASSETS, kind: type[PriceServer] = PriceServer, **options: object) -> Any:
+            server = kind(assets, **options)  # type: ignore[arg-type]
             server.run_forever(threaded=True)
             stack.callback(server.thread.join, 10)  # the stop itself waits only so long
             stack.callback(server.shutdown_gracefully)
@@ -52,9 +56,16 @@ def server(start_server: Callable[..., PriceServer]) -> PriceServer:
 
 
 @pytest.fixture
-def timed(start_server: Callable[..., PriceServer]) -> PriceServer:
-    """The same with a clock that stands still until the test has it advance (`pass_time`)."""
-    return start_server(clock=Clock())
+def rigged(start_server: Callable[..., RiggedServer]) -> RiggedServer:
+    """The same with sockets that a test can fill, watch and break."""
+    return start_server(kind=RiggedServer)
+
+
+@pytest.fixture
+def timed(start_server: Callable[..., RiggedServer]) -> RiggedServer:
+    """The same with clocks that stand still until the test lets time pass (`pass_time`)."""
+    clock = Clock()
+    return start_server(kind=RiggedServer, clock=clock, age_clock=clock)
 
 
 @pytest.fixture
@@ -70,7 +81,7 @@ def updates() -> Callable[[float], list[PriceUpdate]]:
 @pytest.fixture
 def quick_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop waits less long for clients that do not hang up."""
-    monkeypatch.setattr(PriceServer, "stop_timeout", 0.3)
+    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 0.3)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
-"""Measure what the past costs with a year of ten assets in a file: a poll, an answer, and the file's size."""
+"""Measure what the past costs with a year in it: a poll, an answer, its memory; and the file beside it."""
 
 import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
+import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -14,60 +15,85 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from running import ASSETS
 
-from price_server.history import RANGES, History
+from price_server.archive import Archive
+from price_server.history import RANGES, History, Loaded, encode_point
 
 NOW = 1_800_000_000.0  # epoch seconds, when the year is over
+INTERVAL = 5.0  # seconds between two polls
+MANY = tuple(f"A{number:03}" for number in range(400))
 
 
 def show_history(print_table: Callable[..., None], rounds: int) -> None:
-    """A table of how long it takes, from another thread's view."""
-    times: dict[str, list[float]] = {}
+    """Tables of how long it takes for ten assets and for 400, and how large it is."""
+    for assets in (ASSETS, MANY) if rounds > 1 else (ASSETS,):  # 400 take a minute
+        clock = Clock()
+        tracemalloc.start()
+        past = fill(assets, clock)
+        memory = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        times = measure(past, clock, assets, rounds)
+        began = time.perf_counter()
+        size = write(past, assets)
+        rows = [
+            [what, *(f"{pick(each) * 1e3:.3f}" for pick in (statistics.median, min, max))]
+            for what, each in times.items()
+        ]
+        note = (
+            f"A year has {memory / 1e6:.2f} MB in memory and {size / 1e6:.2f} MB in a file, "
+            f"which is written in {time.perf_counter() - began:.2f} s."
+        )
+        head = ["history", "median ms", "least", "worst"]
+        print_table(f"A year of {len(assets)} assets", head, *rows, notes=[note])
+
+
+class Clock:
+    now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fill(assets: tuple[str, ...], clock: Clock) -> History:
+    """A past in which each series is full."""
     made_up = random.Random(1)
+    past = History(assets, clock)
+    for span in RANGES:
+        texts = {}
+        for asset in assets:
+            times = range(int(NOW) - span.seconds, int(NOW) + 1, span.step)
+            texts[asset] = b",".join(encode_point(at, repr(made_up.uniform(0.1, 100_000))) for at in times)
+        past.load(Loaded(span.step, texts))
+    return past
 
-    def prices() -> dict[str, str]:
-        return {asset: repr(made_up.uniform(0.1, 100_000)) for asset in ASSETS}
 
+def measure(past: History, clock: Clock, assets: tuple[str, ...], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each kind of call."""
+    made_up = random.Random(2)
+    times: dict[str, list[float]] = {}
+
+    def timed(what: str, function: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        function()
+        times.setdefault(what, []).append(time.perf_counter() - began)
+
+    for _ in range(rounds):
+        clock.now += INTERVAL
+        prices = {asset: repr(made_up.uniform(0.1, 100_000)) for asset in assets}
+        timed("a poll, added", partial(past.add, prices, clock.now))
+        for span in RANGES:
+            timed(f"{span.name}, after a poll", partial(past.answer, span.name, assets))
+            timed("the same again", partial(past.answer, span.name, assets))
+        timed("the ranges for /healthz", past.describe)
+    return times
+
+
+def write(past: History, assets: tuple[str, ...]) -> int:
+    """The size of a file with all of it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "past.db"
-        history = History(ASSETS, "USD", "coinapi", str(file), lambda: NOW)
-        history.start()
-        for span in reversed(RANGES):
-            for at in range(int(NOW) - span.seconds + 1, int(NOW), span.step):
-                history.add(prices(), at)
-        keep(history, prices())
-        for _ in range(rounds):
-            for span in RANGES:
-                times.setdefault("a poll, kept and in the file", []).append(keep(history, prices()))
-                times.setdefault(f"{span.name} of ten assets, made", []).append(ask(history, span.name))
-                times.setdefault("the same again", []).append(ask(history, span.name))
-        history.stop(10)
-        size = file.stat().st_size
-    rows = [
-        [what, *(f"{pick(each) * 1e3:.2f}" for pick in (statistics.median, min, max))] for what, each in times.items()
-    ]
-    note = f"The file has {size / 1e6:.2f} MB."
-    print_table("A year of ten assets in a file", ["history", "median ms", "least", "worst"], *rows, notes=[note])
-
-
-def keep(history: History, prices: dict[str, str]) -> float:
-    """Seconds until a poll is in memory and in the file."""
-    done = threading.Event()
-
-    def wanted() -> bool:  # its turn comes behind the poll, and dropped it costs nothing itself
-        done.set()
-        return False
-
-    began = time.perf_counter()
-    history.add(prices, NOW)
-    history.ask("1h", (), lambda _: None, wanted)
-    done.wait(10)
-    return time.perf_counter() - began
-
-
-def ask(history: History, name: str) -> float:
-    """Seconds until a range of all assets is answered."""
-    done = threading.Event()
-    began = time.perf_counter()
-    history.ask(name, ASSETS, lambda _: done.set())
-    done.wait(10)
-    return time.perf_counter() - began
+        archive = Archive(str(file), "coinapi", "USD", assets, loaded=lambda _: None)
+        archive.start(30)
+        for span in RANGES:
+            archive.write(past.load(Loaded(span.step, {})))
+        archive.stop(60)
+        return file.stat().st_size

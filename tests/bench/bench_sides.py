@@ -5,6 +5,7 @@ Each serves on a free port and obeys lines on stdin. DIRECTORY is the checkout t
 
 import asyncio
 import gc
+import importlib
 import importlib.metadata
 import json
 import math
@@ -32,12 +33,11 @@ def price_server(messages: list[str]) -> None:
     from coin_api import PriceUpdate
 
     # As for the other sides, no pings; and stalled clients stay for as long as they are measured.
-    for name in ("ping_interval", "behind_timeout"):
-        if hasattr(price_server.PriceServer, name):
-            setattr(price_server.PriceServer, name, math.inf)
-        else:  # when the price server was one module
-            assert hasattr(price_server, name.upper())
-            setattr(price_server, name.upper(), math.inf)
+    if hasattr(price_server.PriceServer, "ping_interval"):  # an earlier one
+        price_server.PriceServer.ping_interval = price_server.PriceServer.behind_timeout = math.inf
+    else:
+        vars(importlib.import_module("price_server.hub"))["HEARTBEAT_INTERVAL"] = math.inf
+        vars(importlib.import_module("price_server.connection"))["SLOW_CLIENT_TIMEOUT"] = math.inf
     updates = [PriceUpdate(**json.loads(message)) for message in messages]
     server = price_server.PriceServer([update.asset_id for update in updates], max_clients=1_000_000)
     server.run_forever(threaded=True)
@@ -46,7 +46,10 @@ def price_server(messages: list[str]) -> None:
         server.publish(updates)
 
     def behind() -> int:
-        return sum(bool(client["handler"].kept or client["handler"].owed) for client in server.clients)
+        handlers = [client["handler"] for client in server.clients]
+        if handlers and hasattr(handlers[0], "kept"):  # an earlier one
+            return sum(bool(handler.kept or handler.owed) for handler in handlers)
+        return sum(bool(handler.connection.outbox) for handler in handlers)
 
     asyncio.run(obey(server.port, send, lambda: len(server.clients), behind))
 

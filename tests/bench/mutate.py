@@ -20,15 +20,18 @@ ENOUGH = 0.9  # of them noticed
 TESTS = {  # of each room that is a function of what comes in
     "coin_api.py": "tests/unit/test_coin_api.py",
     "price_server/frames.py": "tests/unit/test_frames.py",
+    "price_server/outbox.py": "tests/unit/test_outbox.py",
+    "price_server/connection.py": "tests/unit/test_connection.py",
+    "price_server/prices.py": "tests/unit/test_prices.py",
+    "price_server/commands.py": "tests/unit/test_commands.py",
     "price_server/web.py": "tests/unit/test_web.py",
-    "price_server/figures.py": "tests/unit/test_web.py",
+    "price_server/status.py": "tests/unit/test_status.py",
     "price_server/history.py": "tests/unit/test_history.py",
 }
 # mutmut runs in a directory `mutants`, where pytest must find its settings, or it tests the program beside it.
 SETTINGS = """[mutmut]
 source_paths =
-    coin_api.py
-    price_server
+    .
 only_mutate =
     {room}
 also_copy =
@@ -53,8 +56,8 @@ def put_faults(room: str, number: int | None) -> float:
     """Print what became of the faults and which were missed; return the share that was noticed."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for name in ("coin_api.py", ".pytest.ini"):
-            shutil.copy(ROOT / name, copy)
+        for file in (*ROOT.glob("*.py"), ROOT / ".pytest.ini"):
+            shutil.copy(file, copy)
         for name in ("price_server", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         (copy / "setup.cfg").write_text(SETTINGS.format(room=room, tests=TESTS[room]))

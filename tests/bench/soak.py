@@ -32,10 +32,10 @@ from soak_storm import Storm
 from stand_in import KEY
 
 INTERVAL = 0.1  # seconds
-MOST_THREADS = 5  # main, poller, server, history, log: at any number of clients
+MOST_THREADS = 4  # main, poller, server, log: at any number of clients
 MEMORY_ROOM = 8 << 20  # bytes of growth after the warm-up, 5 MiB in half an hour: history 0.7, the rest malloc settling
 LOG_LINE = re.compile(  # in UTC with its offset, or as Python's logging writes it by default
-    r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d\.\d{3}\+00:00| \d\d:\d\d:\d\d,\d{3}) (INFO|WARNING) \S.*"
+    r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d\.\d{3}\+00:00| \d\d:\d\d:\d\d,\d{3}) (INFO|NOTICE|WARNING) \S.*"
 )
 
 

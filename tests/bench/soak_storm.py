@@ -470,7 +470,9 @@ class Storm:
         started = time.monotonic()
         self.check(tracker.stop(signal.SIGTERM) == 0, "the exit status is not 0")
         self.check(time.monotonic() - started < 2, "took over 2 s to stop")
-        warnings = [line for line in tracker.log if "DOT" not in line and " INFO " not in line]
+        warnings = [
+            line for line in tracker.log if "DOT" not in line and " INFO " not in line and " NOTICE " not in line
+        ]
         print(f"log: {len(tracker.log)} lines; those that are no INFO: {warnings[:5]}")
         self.check("Traceback" not in tracker.text, "log: a traceback")
 

@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from container import Container, Image
 from proxies import DEPLOY, get
 from running import ASSETS, ROOT, outside, wait_for
+from stand_in import StandIn
 from websockets.sync.client import connect
 
 from price_server import PriceServer
@@ -58,6 +61,20 @@ def test_container_is_healthy_and_unhealthy_while_the_program_hangs(image: Image
         assert not container.is_healthy()
         container.send(signal.SIGCONT)
         wait_for(container.is_healthy)
+
+
+def test_health_check_asks_no_proxy_of_the_environment(image: Image, volume: Path, monkeypatch: Any) -> None:
+    """Docker's client settings put these into every container."""
+    names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    proxies = [f"{name}=http://127.0.0.1:3031" for name in names]
+    monkeypatch.setitem(image.config, "Env", [*image.config["Env"], *proxies])
+    with Container(image, volume, "--demo") as container:
+        assert container.is_healthy()
+        with container.network(), StandIn(port=3031) as proxy:
+            proxy.say(b"[]")  # a proxy that answers everything
+            container.send(signal.SIGSTOP)
+            assert not container.is_healthy()
+            assert proxy.requests == []
 
 
 def test_container_is_healthy_without_any_price(image: Image, volume: Path) -> None:
@@ -109,15 +126,42 @@ def test_nothing_but_the_volume_is_writable(image: Image, volume: Path) -> None:
     assert owned == [image.root / "data"]
 
 
+def test_image_has_labels_and_the_program_alone(image: Image, tmp_path: Path) -> None:
+    labels = {
+        name.rpartition(".")[2]: value for name, value in image.config["Labels"].items() if "opencontainers" in name
+    }
+    assert labels.items() >= {"title": "price-tracker", "version": "unknown", "revision": "unknown"}.items()
+    assert "Server-Sent Events" in labels["description"]
+    # What the build could copy: with it, the key in deploy/.env would be in a layer.
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    image.buildah("bud", "--isolation=chroot", f"--file={tmp_path}/Dockerfile", "--tag=localhost/context", str(ROOT))
+    context = Path(image.buildah("mount", image.buildah("from", "localhost/context")))
+    programs = {path.name for path in ROOT.glob("*.py")}
+    assert {path.name for path in context.iterdir()} == programs | {"price_server", "requirements.txt"}
+    assert list(context.rglob("__pycache__")) == []
+    assert (image.root / "opt/price-tracker/tracker.py").exists()
+
+
+def test_env_file_with_the_key_is_enough_for_each_command_and_git_ignores_it(tmp_path: Path) -> None:
+    outside("docker-compose", "git")
+    shutil.copy(DEPLOY / "compose.yaml", tmp_path)
+    (tmp_path / ".env").write_text("COIN_API_KEY=your-key\n")
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    command = ["docker-compose", "-f", str(tmp_path / "compose.yaml"), "config"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert yaml.safe_load(told)["services"]["tracker"]["environment"] == {"COIN_API_KEY": "your-key"}
+    assert subprocess.run(["git", "check-ignore", "-q", "deploy/.env"], cwd=ROOT).returncode == 0
+
+
 def test_dockerfile_names_no_machine_and_no_setting_of_one() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
-    assert [word for word in ("--index-url", "PIP_", "ca-certificates", "proxy") if word in text] == []
+    assert [word for word in ("--index-url", "PIP_", "ca-certificates", "http://") if word in text] == []
 
 
 def test_compose_file_gives_the_port_to_this_machine_alone_and_has_room_for_all_clients() -> None:
     service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["tracker"]
     assert service["ports"] == ["127.0.0.1:3030:3030"]
-    assert service["ulimits"]["nofile"] > 10_000 + PriceServer.own_files + PriceServer.spare_visitors
+    assert service["ulimits"]["nofile"] > PriceServer.files_needed(10_000)
     assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
 
 
@@ -126,13 +170,13 @@ def test_compose_file_is_understood_and_fits_the_image(image: Image) -> None:
     command = ["docker-compose", "-f", str(DEPLOY / "compose.yaml"), "config"]
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
     without_key = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "set it to your key" in without_key.stderr
+    assert "write COIN_API_KEY=your-key to the file .env beside compose.yaml" in without_key.stderr
     told = subprocess.run(
         [*command, "--no-interpolate"], env=environment, capture_output=True, text=True, check=True
     ).stdout
     service = yaml.safe_load(told)["services"]["tracker"]
     assert service["read_only"] is True
-    assert service["restart"] == "on-failure"
+    assert service["restart"] == "unless-stopped"
     assert service["command"] == image.config["Cmd"]
     assert [volume.split(":")[1] for volume in service["volumes"]] == list(image.config["Volumes"])
     assert [port.split(":")[-1] for port in service["ports"]] == list(image.config["ExposedPorts"])

@@ -1,6 +1,7 @@
 """Trackers on several machines, each a network namespace of its own: one is cut off for a while."""
 
 import json
+import re
 import ssl
 import subprocess
 import time
@@ -31,7 +32,7 @@ def machines() -> Iterator[Machines]:
 
 def door_certificate(folder: Path) -> Path:
     """As the README's command makes it."""
-    command, _, _ = readme_block("CN=price-tracker-cache").partition("\ninstall ")
+    (command,) = re.findall(r"^openssl .*?(?=^install )", readme_block("CN=price-tracker-cache"), re.DOTALL | re.M)
     command = put(command, ("/etc/nginx/", f"{folder}/"))
     subprocess.run(["sh", "-euc", command], check=True, stderr=subprocess.DEVNULL)
     file = folder / "price-tracker-cache.crt"

@@ -19,15 +19,25 @@ from pathlib import Path
 
 import pytest
 from crowd import Crowd
-from proxies import DEPLOY, Certificate, HAProxy, connect, deployed, free_port, get, make_certificate, put, readme_block
+from proxies import (
+    DEPLOY,
+    Certificate,
+    HAProxy,
+    connect,
+    deployed,
+    free_port,
+    get,
+    listens,
+    make_certificate,
+    put,
+    readme_block,
+)
 from running import ASSETS, Tracker, outside, wait_for
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin
-
-from price_server import PriceServer
 
 CLIENTS = 200
 UPGRADE = (
@@ -357,16 +367,12 @@ def test_who_asks_for_nothing_is_hung_up_on(certificate: Certificate, tmp_path: 
                 assert sock.recv(100)[:13] in (b"", b"HTTP/1.1 408 ")
 
 
-def test_proxy_waits_longer_than_the_pings_are_apart() -> None:
-    found = re.search(r"timeout tunnel (\d+)s", deployed("haproxy.cfg"))
-    assert found
-    assert int(found[1]) >= 2 * PriceServer.ping_interval
-
-
-def test_proxy_waits_longer_for_an_answer_than_a_tracker_takes_to_say_that_it_has_none() -> None:
-    found = re.search(r"timeout server (\d+)s", deployed("haproxy.cfg"))
-    assert found
-    assert int(found[1]) > PriceServer.history_timeout + PriceServer.housekeeping_interval
+def test_proxys_own_metrics_are_for_this_machine_alone(proxy: HAProxy) -> None:
+    at = f"http://127.0.0.1:{proxy.metrics_port}"
+    metrics = get(f"{at}/metrics")[1].decode()
+    assert re.search(r'^haproxy_server_status\{proxy="trackers",server="3031",state="UP"\} 1', metrics, re.MULTILINE)
+    assert get(f"{at}/prices")[0] == 404
+    assert not listens(proxy.metrics_port, "127.0.0.2")
 
 
 def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: Certificate, tmp_path: Path) -> None:

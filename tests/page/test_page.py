@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from browser import Clock, Page, StartServer, prices, record, time_of
+from browser import Clock, Page, StartServer, prices, record, remember, time_of
 from running import ASSETS, ROOT, Tracker, wait_for
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
@@ -115,8 +115,8 @@ def test_the_change_names_its_period(page: Page, start_server: StartServer) -> N
 def test_a_row_with_less_past_than_the_others_says_so(page: Page, server: PriceServer) -> None:
     record(server, DAY, 300)
     for age in range(1200, 0, -300):
-        server.history.add({"BTC": "1.0"}, time.time() - age)
-    server.history.add({"BTC": "1.0"}, time.time())
+        remember(server, (time.time() - age, {"BTC": "1.0"}))
+    remember(server, (time.time(), {"BTC": "1.0"}))
     page.visit(server.port, "Waiting for the first prices")
     page.wait_for_charts()
     page.errors()
@@ -267,7 +267,7 @@ def test_a_chart_breaks_where_prices_are_missing(page: Page, server: PriceServer
     now = time.time()
     for age in range(3000, 0, -10):
         if age not in range(1000, 1500):
-            server.history.add(dict.fromkeys(ASSETS, "100.0"), now - age)
+            remember(server, (now - age, dict.fromkeys(ASSETS, "100.0")))
     prices(server, 500.0)
     page.visit(server.port, query="?range=1h")
     page.wait_for_charts()
@@ -283,7 +283,7 @@ def test_a_chart_breaks_where_prices_are_missing(page: Page, server: PriceServer
 def test_what_was_just_begun_is_drawn_only_where_there_are_prices(page: Page, start_server: StartServer) -> None:
     server = start_server()
     now = time.time()
-    server.history.add(dict.fromkeys(ASSETS, "100.0"), now - 12)
+    remember(server, (now - 12, dict.fromkeys(ASSETS, "100.0")))
     prices(server, 100.01)
     page.visit(server.port)
     page.wait_for_charts()
@@ -300,7 +300,7 @@ def test_the_noise_of_a_stablecoin_does_not_look_like_a_crash(page: Page, start_
     server = start_server(("USDT", "BTC"))
     for age in range(3000, 0, -10):
         noise = 1e-5 * (age % 20 > 0)
-        server.history.add({"USDT": f"{1 + noise}", "BTC": f"{100 + 1e5 * noise}"}, time.time() - age)
+        remember(server, (time.time() - age, {"USDT": f"{1 + noise}", "BTC": f"{100 + 1e5 * noise}"}))
     prices(server, 1.0, BTC=100.0)
     page.visit(server.port, query="?range=1h")
     page.wait_for_charts()

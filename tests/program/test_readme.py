@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,10 +17,11 @@ from stand_in import KEY, StandIn
 from websockets.sync.client import connect
 
 from coin_api import PriceUpdate
+from options import parse_arguments
 from price_server import PriceServer
-from tracker import parse_arguments
 
-PROGRAM = [*ROOT.glob("*.py"), *ROOT.glob("price_server/*.py")]
+TOP = ("tracker.py", "options.py", "coin_api.py", "system.py")  # and no source that somebody puts beside them
+PROGRAM = [*(ROOT / name for name in TOP), *ROOT.glob("price_server/*.py")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -103,7 +103,8 @@ def test_the_alert_runs_its_command_each_time_the_price_crosses_the_line(tmp_pat
 
 
 def test_a_source_of_ones_own_takes_any_json_address(tmp_path: Path, coin_api: StandIn) -> None:
-    coin_api.say(b'{"BTC": 45000, "XRP": 0.5}')
+    unsound = b'"ETH": null, "BCH": "n/a", "ADA": NaN, "LTC": 0, "LINK": -1, "XLM": true'
+    coin_api.say(b'{"BTC": 45000, "XRP": 0.5, %b}' % unsound)
     text = block("python", "class MyPrices")
     own = program(tmp_path, "mine.py", text, ("https://prices.example.org/usd.json", coin_api.url))
     with Tracker("--interval", "0.3", program=str(own), PYTHONPATH=str(ROOT)) as tracker:
@@ -112,6 +113,7 @@ def test_a_source_of_ones_own_takes_any_json_address(tmp_path: Path, coin_api: S
         assert [(update["asset_id"], update["price"]) for update in updates] == [("BTC", 45000.0), ("XRP", 0.5)]
         health = requests.get(tracker.http + "/healthz", timeout=5).json()
         assert (health["status"], health["source"], len(health["without_price"])) == ("ok", "my-prices", 8)
+        assert all(tracker.text.count(f" {name}") == 2 for name in ("ETH", "BCH", "ADA", "LTC", "LINK", "XLM", "DOT"))
         coin_api.say(b"", 500)
         tracker.wait_for_log("WARNING no prices: no answer from my prices: ")
 
@@ -141,30 +143,32 @@ def test_a_callback_that_waits_in_a_thread_of_its_own_delays_nobody(
         names["workers"].shutdown()  # type: ignore[attr-defined]
 
 
-def test_the_history_is_copied_while_the_program_runs(tmp_path: Path) -> None:
-    command = block("sh", "sqlite3")
-    assert command.count("\n") == 1
-    with Tracker("--demo", "--interval", "0.2", "--history", str(tmp_path / "prices.db")) as tracker:
-        wait_for(lambda: requests.get(tracker.http + "/history", timeout=5).json()["BTC"])
-        subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, timeout=20)
-        tracker.wait_for_log("INFO")
-    with Tracker("--demo", "--interval", "60", "--history", str(tmp_path / "copy.db")) as copy:
-        past = requests.get(copy.http + "/history", timeout=5).json()["BTC"]
-        assert past[0][0] < time.time()
-        assert copy.find("WARNING|ERROR") is None
+def test_a_token_lets_only_those_in_that_know_it(tmp_path: Path) -> None:
+    guarded = program(tmp_path, "guarded.py", block("python", "FEED_TOKEN"))
+    with Tracker("--demo", program=str(guarded), PYTHONPATH=str(ROOT), FEED_TOKEN="sesame") as tracker:
+        with connect(f"{tracker.ws}?token=sesame&assets=BTC") as client:
+            assert json.loads(client.recv(5))["asset_id"] == "BTC"
+        for path in ("/stream", "/stream?token=open"):
+            refused = requests.get(tracker.http + path, timeout=5, stream=True)
+            assert (refused.status_code, refused.json()) == (403, {"error": "the feed needs ?token="})
+        assert requests.get(tracker.http + "/prices", timeout=5).status_code == 200
+        metrics = requests.get(tracker.http + "/metrics", timeout=5).text
+        assert 'price_tracker_clients_refused_total{reason="token"} 2' in metrics
 
 
-def test_the_five_threads_of_the_readme_are_those_of_the_program() -> None:
-    rows = re.findall(r"^\| (\w+) \|", README[README.index("| thread |") :], re.MULTILINE)[:6]
-    assert rows == ["thread", "main", "poller", "server", "history", "log"]
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert README.count("\n") <= 260
+
+
+def test_the_threads_of_the_readme_are_those_of_the_program() -> None:
+    rows = re.findall(r"^\| (\w+)(?:, with [^|]+)? \|", README[README.index("| thread |") :], re.MULTILINE)[:6]
+    assert rows == ["thread", "main", "poller", "server", "archive", "log"]
     names = re.findall(r'name="(\w+)", daemon=True', "".join(path.read_text() for path in PROGRAM))
     assert sorted(names) == sorted(rows[2:])
 
 
 def test_every_file_of_the_program_is_in_the_readme() -> None:
-    top = {path.name for path in ROOT.glob("*.py")}
-    assert top == {"tracker.py", "service.py", "coin_api.py"}
-    assert all(f"| `{name}` |" in README for name in top)
+    assert all(f"| `{name}` |" in README for name in TOP)
 
 
 def test_the_javascript_client_prints_the_assets_that_it_asks_for() -> None:
@@ -186,11 +190,8 @@ def test_every_flag_and_default_is_in_the_readme(capsys: pytest.CaptureFixture[s
     usage = re.search(r"^    python tracker\.py .*\n(?:    .*\n)+", README, re.MULTILINE)
     assert usage
     assert set(re.findall(r"--[a-z-]+", usage[0])) == flags
-    options = parse_arguments(
-        re.sub(r"[\[\]]|\.\.\.|ORIGIN|FILE|--(allow-origin|demo|history|once|pause-when-idle)", "", usage[0]).split()[
-            2:
-        ]
-    )
+    no_value = r"[\[\]]|\.\.\.|ORIGIN|FILE|--(allow-origin|demo|history|once|pause-when-idle|version)"
+    options = parse_arguments(re.sub(no_value, "", usage[0]).split()[2:])
     defaults = parse_arguments([])
     assert (options.quote, options.interval, options.host, options.port) == (
         defaults.quote,

@@ -23,7 +23,8 @@ FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-r
     --disable-component-update --disable-sync --window-size=1280,800"""
 # Clocks that a test moves (milliseconds), what the page does once a second, and whether it is looked at.
 CLOCKS = """{
-    window.clock = {wall: 0, steady: 0, hidden: false, held: false, ticks: [], tick: () => clock.ticks.forEach((f) => f())};
+    window.clock = {wall: 0, steady: 0, hidden: false, held: false, ticks: [],
+                    tick: () => clock.ticks.forEach((f) => f())};
     const setReal = window.setInterval.bind(window);
     window.setInterval = (f, ms) => clock.ticks.push(f) && setReal(() => { if (!clock.held) f(); }, ms);
     const wall = Date.now, steady = performance.now.bind(performance);
@@ -186,15 +187,24 @@ class Clock:
         self.ahead = ahead
 
     def options(self) -> dict[str, Callable[[], float]]:
-        return {"clock": lambda: time.monotonic() + self.ahead, "wall_clock": lambda: time.time() + self.ahead}
+        return {"age_clock": lambda: time.monotonic() + self.ahead, "wall_clock": lambda: time.time() + self.ahead}
 
 
 def record(server: PriceServer, seconds: int, step: int, price: Callable[[int], float] = lambda age: 100.0) -> None:
     """A past of so many seconds for each asset, `price` by its age."""
-    now = server.wall_clock()
-    for age in range(seconds, 0, -step):
-        server.history.add(dict.fromkeys(server.assets, json.dumps(price(age))), now - age)
-    wait_for(lambda: server.history.ranges[-1]["since"], what="the past")
+    now = server._wall_clock()
+    past = [(now - age, json.dumps(price(age))) for age in range(seconds, 0, -step)]
+    remember(server, *((at, dict.fromkeys(server.assets, text)) for at, text in past))
+
+
+def remember(server: PriceServer, *points: tuple[float, dict[str, str]]) -> None:
+    """These prices, as JSON, at these times."""
+
+    def add() -> None:
+        for at, texts in points:
+            server._history.add(texts, at)
+
+    server._loop.call(add)
 
 
 def prices(server: PriceServer, price: float, **others: float) -> None:
@@ -204,7 +214,7 @@ def prices(server: PriceServer, price: float, **others: float) -> None:
 
 def time_of(server: PriceServer, ahead: float = 0.0) -> str:
     """CoinAPI's time of a price that comes now, by this server's clock; it lags by half a minute."""
-    return datetime.fromtimestamp(server.wall_clock() - 30 + ahead, UTC).strftime("%Y-%m-%dT%H:%M:%S.1234567Z")
+    return datetime.fromtimestamp(server._wall_clock() - 30 + ahead, UTC).strftime("%Y-%m-%dT%H:%M:%S.1234567Z")
 
 
 @pytest.fixture(scope="module")

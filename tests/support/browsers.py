@@ -84,7 +84,9 @@ class View:
         return dict(self.run(script, selector))
 
     def style(self, selector: str, name: str) -> str:
-        return str(self.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name))
+        return str(
+            self.run("return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name)
+        )
 
     def click(self, selector: str, x: float = 0.5, y: float = 0.5) -> None:
         """At this share of its width and height."""

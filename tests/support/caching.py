@@ -108,6 +108,9 @@ def start_cache(
 def soon_stale(folder: Path, *arguments: str, **environment: str) -> Tracker:
     """A tracker that polls every second and is stale after 3 s, not after 60."""
     program = folder / "soon_stale.py"
-    program.write_text("import sys\nimport tracker\ntracker.PriceServer.stale_floor = 3.0\nsys.exit(tracker.main())\n")
+    program.write_text(
+        "import sys\nimport tracker\nfrom price_server.status import Status\n"
+        "Status.stale_floor = 3.0\nsys.exit(tracker.main())\n"
+    )
     environment["PYTHONPATH"] = str(DEPLOY.parent)
     return Tracker("--interval", "1", *arguments, program=str(program), before=(), **environment)

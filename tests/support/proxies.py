@@ -35,6 +35,13 @@ def deployed(name: str, *changes: tuple[str, object]) -> str:
     return put((DEPLOY / name).read_text(encoding="utf-8"), *changes)
 
 
+def seconds_of(setting: str, text: str) -> int:
+    """The seconds of a setting like `timeout tunnel 60s`."""
+    found = re.search(rf"{setting} (\d+)s", text)
+    assert found, setting
+    return int(found[1])
+
+
 def readme_block(mark: str) -> str:
     """The one fenced block of deploy/README.md that holds this text."""
     readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
@@ -51,9 +58,9 @@ def free_port() -> int:
             return port
 
 
-def listens(port: int) -> bool:
+def listens(port: int, address: str = "127.0.0.1") -> bool:
     with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
+        return sock.connect_ex((address, port)) == 0
 
 
 def connect(uri: str, to: str = "127.0.0.1", **options: Any) -> ClientConnection:
@@ -119,11 +126,12 @@ class HAProxy:
     ):
         outside("haproxy")
         self.folder = folder
-        self.port, self.http_port = free_port(), free_port()
+        self.port, self.http_port, self.metrics_port = free_port(), free_port(), free_port()
         self.pem = folder / "price-tracker.pem"
         self.pem.write_bytes(certificate.chain.read_bytes() + certificate.key.read_bytes())
         places = [at if isinstance(at, str) else f"127.0.0.1:{at}" for at in trackers]
-        servers = [(f"127.0.0.1:{3031 + number}", at) for number, at in enumerate(places)]
+        # The line's end too: 127.0.0.1:3032 is the start of another's 127.0.0.1:30325.
+        servers = [(f" 127.0.0.1:{3031 + number}\n", f" {at}\n") for number, at in enumerate(places)]
         text = deployed(
             "haproxy.cfg",
             ("/etc/haproxy/price-tracker.pem", self.pem),
@@ -132,6 +140,7 @@ class HAProxy:
             ("bind [::]:80 ", f"bind [::]:{self.http_port} "),
             ("bind :443 ", f"bind :{self.port} "),
             ("bind [::]:443 ", f"bind [::]:{self.port} "),
+            ("bind 127.0.0.1:8404\n", f"bind 127.0.0.1:{self.metrics_port}\n"),
             *servers,
             *changes,
         )

@@ -1,4 +1,4 @@
-"""Clients that send any bytes, a parser for what comes back, and the clock and sockets that tests put into a server.
+"""Clients that send any bytes, and a parser for what comes back.
 
 What comes back is read by the frame parser of `websockets`, which is as strict as a client may be.
 """
@@ -7,18 +7,14 @@ import json
 import secrets
 import socket
 import struct
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from http.client import HTTPResponse
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from running import wait_for
 from websockets.frames import Frame, Opcode
 from websockets.sync.client import ClientConnection, connect
 
 from price_server import PriceServer
-from price_server.connection import Connection
 
 CONT, TEXT, BINARY = Opcode.CONT, Opcode.TEXT, Opcode.BINARY
 CLOSE, PING, PONG = Opcode.CLOSE, Opcode.PING, Opcode.PONG
@@ -115,12 +111,11 @@ class RawClient:
     """A client that sends any bytes; `with RawClient(port) as client:` leaves it connected and upgraded."""
 
     def __init__(
-        self, port: int, upgrade: bytes | None = None, behind: bytes = b"", receive_buffer: int = 0, timeout: float = 10
+        self, port: int, upgrade: bytes = b"", after: bytes = b"", receive_buffer: int = 0, timeout: float = 10
     ):
         self.socket = visit(port, receive_buffer=receive_buffer, timeout=timeout)
-        self.unsent = b""  # the rest of a frame
         self.file = self.socket.makefile("rb")
-        self.socket.sendall((upgrade or request()) + behind)
+        self.socket.sendall((upgrade or request()) + after)
         self.status = read_head(self.file).partition(b"\r\n")[0]
 
     def __enter__(self) -> "RawClient":
@@ -182,14 +177,16 @@ class RawClient:
         reset(self.socket)
 
 
-def visit(port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10) -> socket.socket:
+def visit(
+    port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10, host: str = "127.0.0.1"
+) -> socket.socket:
     """A connection that has sent these bytes."""
-    sock = socket.socket()
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_buffer)
     sock.settimeout(timeout)
-    sock.connect(("127.0.0.1", port))
+    sock.connect((host, port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(data)
     return sock
@@ -216,7 +213,7 @@ def ask(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 def honest(server: PriceServer, path: str = "/ws") -> ClientConnection:
-    """A client of another maker, which reads all that comes."""
+    """A client of another maker, which reads all that arrives."""
     return connect(f"ws://127.0.0.1:{server.port}{path}", proxy=None, max_queue=None)
 
 
@@ -224,153 +221,3 @@ def prices(client: ClientConnection, number: int) -> list[tuple[str, float]]:
     """The next messages of a client, as (asset_id, price)."""
     messages = [json.loads(client.recv(timeout=10)) for _ in range(number)]
     return [(message["asset_id"], message["price"]) for message in messages]
-
-
-# What tests put into a server, and ask it
-
-
-class Clock:
-    """Seconds that pass only when a test says so: `PriceServer(..., clock=Clock())`."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def pass_time(server: PriceServer, seconds: float) -> None:
-    """Let this time pass at once, and return when the housekeeping and the pings that fell due are done."""
-    clock, done = server.clock, threading.Event()
-    assert isinstance(clock, Clock)
-    assert seconds >= server.housekeeping_interval
-
-    def note() -> None:
-        if server._next_check > clock.now:  # or it began before the time passed
-            done.set()
-
-    server.call(lambda: None)  # a step that is under way still sets its deadline by the old time
-    server.service_actions = note  # type: ignore[method-assign]
-    clock.now += seconds
-    server.call(lambda: None)
-    assert done.wait(10), "no housekeeping"
-    wait_for(lambda: not server._callbacks, what="all pinged")
-    server.call(lambda: None)
-
-
-def connections(server: PriceServer) -> int:
-    """How many are open, clients or not."""
-    number: int = server.call(lambda: len(server._visitors) + len(server._answered) + len(server._clients))
-    return number
-
-
-def gone(server: PriceServer) -> None:
-    wait_for(lambda: not server.clients, what="no client left")
-
-
-def last_connection(server: PriceServer) -> Connection:
-    """Of the client that came last."""
-    connection: Connection = server.clients[-1]["handler"]
-    return connection
-
-
-class Narrow:
-    """In the place of a connection's socket: it takes `room` bytes, and no more until that is set again."""
-
-    def __init__(self, sock: Any):
-        self.socket = sock
-        self.room = 0
-
-    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
-        if not self.room:
-            time.sleep(0.001)  # in truth it is not full, and so always ready: the loop would spin
-            raise BlockingIOError
-        sent: int = self.socket.send(data[: self.room], flags)
-        self.room -= sent
-        return sent
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.socket, name)
-
-
-def narrow(server: PriceServer, room: int = 0) -> Narrow:
-    """The client that came last gets a narrow socket with so much room."""
-    connection = last_connection(server)
-    narrowed = Narrow(connection.socket)
-    narrowed.room = room
-    server.call(lambda: setattr(connection, "socket", narrowed))
-    return narrowed
-
-
-def widen(server: PriceServer, narrowed: Narrow, room: int = 1 << 30) -> None:
-    """Give it room, and return when the server has used it or has nothing more to send."""
-    connection = next(each["handler"] for each in server.clients if each["handler"].socket is narrowed)
-    narrowed.room = room
-    wait_for(lambda: not narrowed.room or not (connection.kept or connection.owed), what="sent what there is room for")
-    server.call(lambda: None)
-
-
-class Blocked:
-    """`with Blocked(server):` keeps the server thread busy, so that what comes meanwhile is met in one go."""
-
-    def __init__(self, server: PriceServer):
-        self.server = server
-        self.began, self.release = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=lambda: server.call(self._block))
-
-    def _block(self) -> None:
-        self.began.set()
-        assert self.release.wait(20)
-
-    def __enter__(self) -> "Blocked":
-        self.thread.start()
-        assert self.began.wait(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release.set()
-        self.thread.join(10)
-
-
-def preceded(function: Callable[..., Any], note: Callable[[], object]) -> Callable[..., Any]:
-    """The function, with a note made before it."""
-
-    def both(*arguments: Any) -> Any:
-        note()
-        return function(*arguments)
-
-    return both
-
-
-def one_after_the_other(*functions: Callable[[], object]) -> Callable[[], None]:
-    """All of these as one."""
-
-    def all_of_them() -> None:
-        for function in functions:
-            function()
-
-    return all_of_them
-
-
-def wait_for_value(read: Callable[[], object], value: object) -> None:
-    wait_for(lambda: read() == value, what=f"{value}")
-
-
-def in_thread(function: Callable[[], object]) -> threading.Thread:
-    """A thread that runs it; daemon, so that one that hangs fails its test and not the run."""
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    return thread
-
-
-def count(server: PriceServer, name: str) -> float:
-    """One sample of /metrics, by its name without `price_tracker_`."""
-    _, _, body = ask(server.port, get("/metrics"))
-    (value,) = [
-        line.rpartition(" ")[2] for line in body.decode().splitlines() if line.startswith(f"price_tracker_{name} ")
-    ]
-    return float(value)
-
-
-def took(began: float) -> float:
-    return time.monotonic() - began

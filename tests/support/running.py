@@ -1,5 +1,6 @@
 """A tracker that runs in a process of its own, as users run it, and what tests need around it."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,22 @@ def outside(*programs: str) -> None:
         pytest.fail(f"not installed: {', '.join(missing)}")
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def run_script(script: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that runs this; it is killed at the end, and after half a minute in any case."""
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job of a shell ignores it
+    command = [sys.executable, "-u", "-c", heard + script]
+    with (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        alarm = threading.Timer(30, process.kill)
+        alarm.start()
+        stack.callback(process.kill)
+        stack.callback(alarm.cancel)
+        yield process
 
 
 class Tracker:

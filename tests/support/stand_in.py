@@ -1,6 +1,7 @@
 """A stand-in for CoinAPI over real HTTP, on loopback: recorded bodies and headers, and whatever a test wants."""
 
 import json
+import socket
 import ssl
 import threading
 import time
@@ -127,3 +128,45 @@ class StandIn:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+class EventStream:
+    """`with EventStream() as stream:` answers each request as `/stream` does, and sends events when it is told to.
+
+    asked: set when somebody follows the stream. HAProxy's checks get an empty answer.
+    """
+
+    HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no\r\nConnection: close\r\n\r\n"
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._followers: list[socket.socket] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            if b"/stream" not in connection.recv(4096):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                connection.close()
+                continue
+            connection.sendall(self.HEAD)
+            self._followers.append(connection)
+            self.asked.set()
+
+    def send(self, text: str) -> None:
+        for follower in self._followers:
+            follower.sendall(f"data: {text}\n\n".encode())
+
+    def __enter__(self) -> "EventStream":
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        for each in (self._socket, *self._followers):
+            each.close()

@@ -18,10 +18,10 @@ from price_server.frames import (
     MessageReader,
     Opcode,
     ProtocolError,
-    answer_to_close,
     encode_close,
     encode_frame,
     encode_message,
+    reply_to_close,
 )
 
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -303,22 +303,22 @@ UNSENDABLE = [0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65_5
 @pytest.mark.parametrize("code", SENDABLE)
 def test_a_close_is_answered_with_its_code_and_no_reason(code: int) -> None:  # 7.3, 7.7
     for reason in (b"", b"*" * 123, "κόσμε".encode()):
-        assert answer_to_close(code.to_bytes(2, "big") + reason) == b"\x88\x02" + code.to_bytes(2, "big")
+        assert reply_to_close(code.to_bytes(2, "big") + reason) == b"\x88\x02" + code.to_bytes(2, "big")
 
 
 def test_a_close_without_a_code_is_answered_without_one() -> None:  # 7.3.1
-    assert answer_to_close(b"") == b"\x88\x00"
+    assert reply_to_close(b"") == b"\x88\x00"
 
 
 @pytest.mark.parametrize("payload", [b"a", *(code.to_bytes(2, "big") + b"why" for code in UNSENDABLE)])
 def test_a_close_with_a_code_that_may_not_be_sent_is_refused(payload: bytes) -> None:  # 7.3.2, 7.9
     with pytest.raises(ProtocolError, match=r"^close frame without a code that may be sent$") as caught:
-        answer_to_close(payload)
+        reply_to_close(payload)
     assert caught.value.code == 1002
 
 
 @pytest.mark.parametrize("reason", [b"\xce\xba\xed\xa0\x80edited", b"\xce", b"\xff"])
 def test_a_close_reason_that_is_not_utf8_is_refused(reason: bytes) -> None:  # 7.5.1
     with pytest.raises(ProtocolError, match=r"^text is not UTF-8$") as caught:
-        answer_to_close(b"\x03\xe8" + reason)
+        reply_to_close(b"\x03\xe8" + reason)
     assert caught.value.code == 1007

@@ -1,11 +1,12 @@
-"""What the program needs of the system around it: a log that holds nobody up, signals, systemd, open files.
+"""What the program needs from the operating system: a log that never blocks, signals, systemd, open files.
 
-The standard library and nothing else, and nothing of prices: tracker.py uses it, and the two below do not know it.
+Uses the standard library only, and knows nothing of prices.
 """
 
 import logging
 import os
 import queue
+import shlex
 import signal
 import socket
 import sys
@@ -14,27 +15,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-STDERR = 2  # its number: the lock of sys.stderr would hang Python's own end behind a write that is stuck
-MAX_WAITING = 10_000  # log lines that a stderr did not take yet; beyond it they are dropped and counted
+STDERR = 2  # the descriptor: Python's exit would wait for the lock of sys.stderr while a write to it is blocked
+MAX_WAITING = 10_000  # log lines that are not yet written; beyond it they are dropped and counted
 FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for stderr
-PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+NOTICE = 25  # the level for the end of a trouble whose begin was a WARNING
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, NOTICE: 5}
+PRIORITIES |= {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
+# The README's.
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && .venv/bin/python tracker.py"
 
-logger = logging.getLogger("service")
+logging.addLevelName(NOTICE, "NOTICE")
+logger = logging.getLogger("system")
 
 
 class Log(logging.Handler):
-    """Hands each line to a thread that writes it: a stderr that nobody reads stops that thread and no other.
+    """Hands each line to a thread that writes it: a stderr that nobody reads blocks that thread and no other.
 
-    logging's QueueListener is not it: it waits for ever at its stop, and a full queue is an error to it.
+    logging's QueueListener would wait for that thread without a timeout, and fail when its queue is full.
     """
 
     def __init__(self) -> None:
@@ -55,7 +61,7 @@ class Log(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Wait for what is not written yet, half a second at the most. Python calls it at its end too."""
+        """Wait for what is not yet written, half a second at most. Python calls it at its exit too."""
         super().close()
         logging.getLogger().removeHandler(self)
         if self._ended:
@@ -68,18 +74,18 @@ class Log(logging.Handler):
         self._thread.join(FLUSH_TIMEOUT)
 
     def _write_lines(self) -> None:
-        told = 0
+        reported = 0
         while (line := self._lines.get()) is not None:
             _write(line)
-            if self._dropped > told and self._lines.empty():
-                lost, told = self._dropped - told, self._dropped
+            if self._dropped > reported and self._lines.empty():
+                lost, reported = self._dropped - reported, self._dropped
                 warning = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": f"log lines lost: {lost}"}
                 _write(self.format(logging.makeLogRecord(warning)))
 
 
 def start_log(level: str = "info") -> Log:
-    """Log to stderr from now on, by a thread; RuntimeError when there is none to be had."""
-    if sys.stderr is None:  # closed, so the next socket or file would get its number, and the log's lines
+    """Log to stderr from now on, in a thread of its own. Raises RuntimeError when no thread can be started."""
+    if sys.stderr is None:  # closed: the next socket or file would get its descriptor, and the log's lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     log = Log()
     # websocket-server called basicConfig when it was imported: without force this would do nothing.
@@ -120,21 +126,21 @@ def _write(line: str) -> None:
         while rest:
             rest = rest[os.write(STDERR, rest) :]
     except OSError:
-        pass  # closed, or its disk is full: there is nobody to tell
+        pass  # closed, or its disk is full: there is nowhere to say so
 
 
 class Systemd:
-    """Tells systemd how the program is, by the socket that it names in NOTIFY_SOCKET; without one, nothing.
+    """Tells systemd the state of the program, over the socket named in NOTIFY_SOCKET; without it, does nothing.
 
-    Source: sd_notify(3), sd_watchdog_enabled(3). Never blocks, raises nothing, works in any thread.
+    Source: sd_notify(3), sd_watchdog_enabled(3). Never blocks, raises nothing, for any thread.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic):
         self._address = environment.get("NOTIFY_SOCKET", "")
-        if self._address.startswith("@"):  # an address that is no file
+        if self._address.startswith("@"):  # an abstract address, which is not a file
             self._address = "\0" + self._address[1:]
         self._clock = clock
-        self._feed_every = _watchdog_seconds(environment) / 3  # so that a late one does no harm
+        self._feed_every = _watchdog_seconds(environment) / 3  # so that a late feed does no harm
         self._fed = -self._feed_every
         self._socket: socket.socket | None = None
         if self._address:
@@ -148,10 +154,10 @@ class Systemd:
         try:
             self._socket.sendto(state.encode(), self._address)
         except OSError as error:
-            logger.warning("systemd does not hear %s: %s", state, error.strerror)
+            logger.warning("systemd does not receive %s: %s", state, error.strerror)
 
     def feed_watchdog(self) -> None:
-        """To be called by the loop that must not hang, as often as one likes."""
+        """To be called by the loop that must not hang; tells systemd no more often than it needs."""
         now = self._clock()
         if self._feed_every and now - self._fed >= self._feed_every:
             self._fed = now
@@ -159,7 +165,7 @@ class Systemd:
 
 
 def _watchdog_seconds(environment: Mapping[str, str]) -> float:
-    """What systemd waits for a sign of life from this process; 0 when it does not."""
+    """How long systemd waits for this process to feed its watchdog; 0 when it does not."""
     if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0.0
     text = environment.get("WATCHDOG_USEC", "")
@@ -174,7 +180,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
             signal.signal(each, signal.SIG_DFL)
         stop()
 
-    # Ignored at the start, as by nohup, a hangup stays so.
+    # A hangup that was ignored at the start, as by nohup, stays ignored.
     taken = [each for each in SIGNALS if each != HANGUP or signal.getsignal(each) != signal.SIG_IGN]
     for number in taken:
         signal.signal(number, on_signal)
@@ -182,7 +188,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Threads started in it take no signal: one that another thread took would not end the wait of main."""
+    """Threads started in it receive no signal: one delivered to another thread would not end the wait of main."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -205,11 +211,22 @@ def raise_file_limit(needed: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             return
         except (ValueError, OSError):
-            pass  # not allowed: what there is must do
+            pass  # not allowed: it stays as it is
 
 
 def explain_missing(module: str) -> str:
     """What to do about a module that could not be imported, in one line."""
-    if module.removeprefix("_") == "sqlite3":
+    name = module.partition(".")[0]
+    if name.removeprefix("_") == "sqlite3":
         return "this Python was built without sqlite3: take another one, or your system's package that adds it"
-    return f"the package {module} is missing: start with {INSTALL}"
+    if name in ("options", "coin_api", "price_server"):
+        return f"{name} is missing beside tracker.py: copy all files of the program"
+    return f"the package {name} is missing: {_install_command()}"
+
+
+def _install_command() -> str:
+    """What adds the packages to the Python that runs: one without a virtual environment needs one first."""
+    if sys.prefix == sys.base_prefix:
+        return f"start with {INSTALL}"
+    requirements = str(Path(__file__).with_name("requirements.txt"))
+    return f"add it with {shlex.join([sys.executable, '-m', 'pip', 'install', '-r', requirements])}"

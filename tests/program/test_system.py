@@ -1,21 +1,18 @@
-"""service: a log that holds nobody up, what systemd is told, room for clients; and the files that systemd and
-Prometheus get, as they are in deploy/."""
+"""system: a log that never blocks, what systemd is told, signals, room for clients, missing packages."""
 
 import fcntl
 import json
 import logging
 import os
 import re
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -26,14 +23,9 @@ from running import ROOT, Tracker, outside, wait_for
 from stand_in import KEY, StandIn
 from websockets.sync.client import connect
 
-import service
+import system
 from price_server import PriceServer
-from service import Log, Systemd
-
-DEPLOY = ROOT / "deploy"
-UNITS = ("price-tracker.service", "price-tracker@.service")
-RULES = DEPLOY / "prometheus-rules.yml"
-RULE_TESTS = ROOT / "tests" / "deploy" / "prometheus-rules.test.yml"
+from system import Log, Systemd
 
 
 def record(message: str, level: int = logging.INFO) -> logging.LogRecord:
@@ -63,8 +55,8 @@ class Stderr:
 
 def test_a_stderr_whose_disk_is_full_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "wb", buffering=0) as full:
-        monkeypatch.setattr(service, "STDERR", full.fileno())
-        service._write("nobody can be told")
+        monkeypatch.setattr(system, "STDERR", full.fileno())
+        system._write("nobody can be told")
 
 
 def test_a_line_that_stderr_takes_in_parts_is_written_whole(
@@ -72,7 +64,7 @@ def test_a_line_that_stderr_takes_in_parts_is_written_whole(
 ) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda number, data: write(number, data[:5]))
-    service._write("a pipe that is nearly full takes what it has room for")
+    system._write("a pipe that is nearly full takes what it has room for")
     assert capfd.readouterr().err == "a pipe that is nearly full takes what it has room for\n"
 
 
@@ -80,11 +72,11 @@ def test_a_line_that_stderr_takes_in_parts_is_written_whole(
 def start_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Log, Stderr]]]:
     logs: list[Log] = []
 
-    def start(is_open: bool = True, max_waiting: int = service.MAX_WAITING) -> tuple[Log, Stderr]:
+    def start(is_open: bool = True, max_waiting: int = system.MAX_WAITING) -> tuple[Log, Stderr]:
         stderr = Stderr(is_open)
-        monkeypatch.setattr(service, "_write", stderr)
-        monkeypatch.setattr(service, "MAX_WAITING", max_waiting)
-        monkeypatch.setattr(service, "FLUSH_TIMEOUT", 10.0 if is_open else 0.1)
+        monkeypatch.setattr(system, "_write", stderr)
+        monkeypatch.setattr(system, "MAX_WAITING", max_waiting)
+        monkeypatch.setattr(system, "FLUSH_TIMEOUT", 10.0 if is_open else 0.1)
         logs.append(Log())
         return logs[-1], stderr
 
@@ -122,14 +114,14 @@ def test_a_stderr_that_nobody_reads_holds_nobody_up_and_what_is_lost_is_told(
 
 
 def test_up_to_ten_thousand_lines_wait() -> None:
-    assert service.MAX_WAITING == 10_000
+    assert system.MAX_WAITING == 10_000
 
 
 @pytest.mark.parametrize("lines", [1, 20])
 def test_the_end_waits_for_a_stuck_stderr_for_half_a_second_at_the_most(
     start_log: Callable[..., tuple[Log, Stderr]], lines: int
 ) -> None:
-    assert service.FLUSH_TIMEOUT == 0.5
+    assert system.FLUSH_TIMEOUT == 0.5
     log, stderr = start_log(is_open=False, max_waiting=10)
     for number in range(lines):
         log.handle(record(f"line {number}"))
@@ -159,21 +151,23 @@ def test_times_have_their_offset(monkeypatch: pytest.MonkeyPatch, zone: str, off
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        line = service._TimeFormatter().format(record("x"))
+        line = system._TimeFormatter().format(record("x"))
     finally:
         monkeypatch.undo()
         time.tzset()
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}{re.escape(offset)} INFO x", line)
 
 
-@pytest.mark.parametrize(("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3)])
+@pytest.mark.parametrize(
+    ("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("NOTICE", 5), ("WARNING", 4), ("ERROR", 3)]
+)
 def test_under_journald_each_line_has_its_priority_and_no_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: str, priority: int
 ) -> None:
     stderr = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{stderr.st_dev}:{stderr.st_ino}")
     log = Log()
-    log.handle(record("one\ntwo", getattr(logging, level)))
+    log.handle(record("one\ntwo", logging.getLevelName(level)))
     log.close()
     assert capfd.readouterr().err == f"<{priority}>{level} one\n<{priority}>two\n"
 
@@ -242,8 +236,13 @@ def test_a_closed_stderr_puts_no_line_of_the_log_into_a_socket() -> None:
     ("module", "said"),
     [
         ("sqlite3", "this Python was built without sqlite3"),
-        ("websocket_server", "the package websocket_server is missing: start with python3 -m venv .venv && "),
-        ("requests", "the package requests is missing: start with python3 -m venv .venv && "),
+        ("_sqlite3", "this Python was built without sqlite3"),
+        (
+            "websocket_server",
+            f"the package websocket_server is missing: add it with {sys.executable} -m pip install -r ",
+        ),
+        ("requests", f"the package requests is missing: add it with {sys.executable} -m pip install -r "),
+        ("options", "options is missing beside tracker.py: copy all files of the program"),
     ],
 )
 def test_a_missing_module_is_exit_2_and_one_line_with_the_way_out(module: str, said: str) -> None:
@@ -255,8 +254,12 @@ def test_a_missing_module_is_exit_2_and_one_line_with_the_way_out(module: str, s
     assert f" CRITICAL {said}" in done.stderr
 
 
-def test_the_command_of_a_missing_package_is_the_readmes() -> None:
-    assert f"{service.INSTALL} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_command_of_a_missing_package_is_one_for_the_python_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = shlex.split(system.explain_missing("requests.adapters"))[-1]
+    assert Path(requirements) == ROOT / "requirements.txt"
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)  # without a virtual environment
+    command = system.explain_missing("requests").partition("start with ")[2]
+    assert f"{command} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # systemd
@@ -353,7 +356,7 @@ def test_no_sign_of_life_from_a_loop_that_hangs(start_server: Callable[..., Pric
     hang = threading.Event()
     server = start_server()
     server.housekeeping_interval = 0.05
-    server.service_actions = fed.set  # type: ignore[method-assign]
+    server.on_housekeeping = fed.set
     wait_for(fed.is_set)
     server.set_fn_new_client(lambda client, server: hang.wait(10))
     try:
@@ -402,12 +405,12 @@ def test_a_systemd_that_does_not_read_holds_nobody_up(tmp_path: Path, caplog: py
         thread.start()
         thread.join(10)
         assert not thread.is_alive()
-    assert "systemd does not hear WATCHDOG=1" in caplog.text, "its queue was full"
+    assert "systemd does not receive WATCHDOG=1" in caplog.text, "its queue was full"
 
 
 def test_a_systemd_that_does_not_listen_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
     Systemd({"NOTIFY_SOCKET": "/nonexistent"}).tell("READY=1")
-    assert caplog.messages == ["systemd does not hear READY=1: No such file or directory"]
+    assert caplog.messages == ["systemd does not receive READY=1: No such file or directory"]
     Systemd({}).tell("READY=1")
     assert len(caplog.messages) == 1
 
@@ -424,15 +427,15 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_so() -> None:
         assert tracker.stop() == 0
 
 
-@pytest.mark.parametrize("number", service.SIGNALS)
+@pytest.mark.parametrize("number", system.SIGNALS)
 def test_the_first_signal_stops_and_the_second_ends_at_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    before = {each: signal.getsignal(each) for each in service.SIGNALS}
+    before = {each: signal.getsignal(each) for each in system.SIGNALS}
     stops: list[int] = []
     try:
-        service.stop_on_signals(lambda: stops.append(1))
+        system.stop_on_signals(lambda: stops.append(1))
         os.kill(os.getpid(), number)
         wait_for(lambda: stops)
-        assert [signal.getsignal(each) for each in service.SIGNALS] == [signal.SIG_DFL] * 3
+        assert [signal.getsignal(each) for each in system.SIGNALS] == [signal.SIG_DFL] * 3
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
@@ -471,160 +474,10 @@ def test_the_limit_of_files_is_raised_as_far_as_allowed(
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    service.raise_file_limit(10_050)
+    system.raise_file_limit(10_050)
     assert set_to == raised
 
 
 def test_without_limits_of_files_there_is_nothing_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "resource", None)
-    service.raise_file_limit(10_050)
-
-
-# The units
-
-
-def settings(name: str) -> dict[str, str]:
-    lines = (DEPLOY / name).read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_systemd_accepts_the_unit_and_finds_it_safe(tmp_path: Path, name: str) -> None:
-    outside("systemd-analyze")
-    unit = (DEPLOY / name).read_text()
-    for installed, here in (("venv/bin/python", sys.executable), ("tracker.py", str(ROOT / "tracker.py"))):
-        assert f"/opt/price-tracker/{installed}" in unit
-        unit = unit.replace(f"/opt/price-tracker/{installed}", here)
-    (tmp_path / name).write_text(unit)
-    instance = tmp_path / name.replace("@", "@3031")
-    verify = subprocess.run(["systemd-analyze", "verify", instance], capture_output=True, text=True)
-    # An unknown setting is only a warning, and other units of this machine may have some too.
-    assert [line for line in verify.stderr.splitlines() if "price-tracker" in line] == []
-    assert verify.returncode == 0, verify.stderr
-    security = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager"]
-    assert subprocess.run([*security, tmp_path / name], capture_output=True).returncode == 0, "over 2.0 of 10 exposed"
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_the_unit_has_room_and_starts_again_whatever_ended_it_but_for_status_2(name: str) -> None:
-    unit = settings(name)
-    assert int(unit["LimitNOFILE"]) > 10_000 + PriceServer.own_files + PriceServer.spare_visitors
-    assert int(unit["TasksMax"]) > 5
-    assert (unit["Restart"], unit["RestartPreventExitStatus"]) == ("always", "2")
-    assert (unit["Type"], unit["WatchdogSec"], unit["LimitCORE"]) == ("notify", "30", "0")
-    assert unit["EnvironmentFile"] == "/etc/price-tracker.env"
-    assert "SyslogIdentifier" in unit
-
-
-def test_each_instance_has_its_own_port_name_and_history() -> None:
-    one, instance = (settings(name) for name in UNITS)
-    changes = {
-        "Description": one["Description"] + ", port %i",
-        "ExecStart": one["ExecStart"].replace("/price-tracker/history", "/price-tracker-%i/history") + " --port %i",
-        "StateDirectory": "price-tracker-%i",
-        "SyslogIdentifier": "price-tracker-%i",
-    }
-    assert instance == one | changes
-    assert f"%S/{one['StateDirectory']}/history.db" in one["ExecStart"]
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_what_the_unit_runs_is_a_command_that_the_program_takes(name: str, tmp_path: Path) -> None:
-    command = settings(name)["ExecStart"].replace("$PRICE_TRACKER_FLAGS", "--demo --interval 1").replace("%i", "0")
-    python, program, *arguments = command.replace("%S/", f"{tmp_path}/").split()
-    assert (python, program) == ("/opt/price-tracker/venv/bin/python", "/opt/price-tracker/tracker.py")
-    history = Path(arguments[arguments.index("--history") + 1])
-    history.parent.mkdir()
-    with Tracker(*arguments) as tracker:
-        tracker.wait_for_log("DEMO, simulated prices: .* every 1 s")
-        assert history.is_file()
-
-
-# The rules for Prometheus
-
-
-def test_the_rules_fire_where_they_should_and_not_where_not() -> None:
-    outside("promtool")
-    for arguments in (("check", "rules", str(RULES)), ("test", "rules", str(RULE_TESTS))):
-        done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_each_rule_has_a_severity_a_summary_and_a_series_that_fires_and_one_that_does_not() -> None:
-    alerts = re.split(r"^      - alert: ", RULES.read_text(), flags=re.MULTILINE)[1:]
-    tests = RULE_TESTS.read_text()
-    for alert in alerts:
-        name = alert.partition("\n")[0]
-        assert re.search(r"severity: (critical|warning)\n", alert), name
-        assert "summary: " in alert, name
-        assert re.search(rf"alertname: {name}, exp_alerts: \[\]", tests), name
-        assert re.search(rf"alertname: {name}\n +exp_alerts:\n +- exp_labels", tests), name
-    assert len(alerts) == 11
-
-
-def test_the_rules_ask_for_metrics_that_exist(coin_api: StandIn) -> None:
-    asked = set(re.findall(r"\bprice_tracker_\w+", RULES.read_text()))
-    with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url) as tracker:
-        wait_for(lambda: coin_api.answered_at)
-        wait_for(lambda: "price_tracker_price{" in get(f"{tracker.http}/metrics"))
-        told = get(f"{tracker.http}/metrics")
-    assert len(asked) >= 10
-    assert asked <= set(re.findall(r"^price_tracker_\w+", told, re.MULTILINE))
-    for label in re.findall(r'\{(?:result|reason)="\w+"\}', RULES.read_text()):
-        assert label in told
-
-
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        return str(answer.read().decode())
-
-
-# What deploy/README.md says
-
-README = (DEPLOY / "README.md").read_text(encoding="utf-8")
-
-
-def test_what_is_installed_with_umask_077_can_be_read_by_the_service(tmp_path: Path) -> None:
-    commands = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[:2])
-    for there in ("/opt/", "/etc/"):
-        assert there in commands
-        commands = commands.replace(there, f"{tmp_path}{there}")
-    assert "pip install" in commands
-    commands = commands.replace("pip install", "pip --version #")
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    commands = f"chmod -R go= {source}; cd {source}\nsystemctl() {{ :; }}\njournalctl() {{ :; }}\n{commands}"
-    (tmp_path / "etc/systemd/system").mkdir(parents=True)
-    (tmp_path / "opt").mkdir()
-    subprocess.run(["sh", "-ec", f"umask 077\n{commands}"], check=True, timeout=60, stdout=subprocess.DEVNULL)
-    installed = tmp_path / "opt/price-tracker"
-    for path in [installed.resolve(), *installed.rglob("*")]:
-        if not path.is_symlink():
-            assert path.stat().st_mode & 0o055 == (0o055 if path.is_dir() else path.stat().st_mode & 0o011 | 0o044), (
-                path
-            )
-    # Everything that the program imports is there.
-    program = f"import sys; sys.path.insert(0, {str(installed)!r}); import tracker; print(tracker.__file__)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=20)
-    assert done.stdout.strip() == f"{installed}/tracker.py"
-    environment = tmp_path / "etc/price-tracker.env"
-    assert environment.stat().st_mode & 0o777 == 0o600
-    assert environment.read_text() == "COIN_API_KEY=your-key\nPRICE_TRACKER_FLAGS=--port 3030\n"
-    for name in UNITS:
-        assert (tmp_path / "etc/systemd/system" / name).stat().st_mode & 0o777 == 0o644
-
-
-def test_costs_are_those_of_the_price_list() -> None:
-    def cost(requests: int) -> Decimal:
-        total = Decimal(0)
-        for size, price in ((1_000, "5.26"), (2_000, "2.63"), (7_000, "1.73"), (20_000, "0.83")):
-            total += Decimal(price) * min(requests, size) / 1_000
-            requests -= min(requests, size)
-        return round(total, 2)
-
-    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| \$([\d.]+).*? \| ([\d,]+) \| \$([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) >= 4
-    for interval, all_day, all_day_cost, eight_hours, eight_hours_cost in rows:
-        requests = 86_400 // int(interval)
-        assert (all_day, eight_hours) == (f"{requests:,}", f"{requests // 3:,}")
-        assert (Decimal(all_day_cost), Decimal(eight_hours_cost)) == (cost(requests), cost(requests // 3))
+    monkeypatch.setattr(system, "resource", None)
+    system.raise_file_limit(10_050)

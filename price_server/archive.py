@@ -1,0 +1,355 @@
+"""A copy of the past in a SQLite file, and the only thread that waits for a disk. It exists only with a file.
+
+The server thread leaves what `History` says is to be written, and goes on. A disk that is full, gone or locked
+costs nothing but what a restart would find, and that is written as soon as the disk takes it.
+"""
+
+import logging
+import os
+import sqlite3
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from .history import RANGES, Known, Loaded, Poll, encode_point, step_number
+
+MAX_WAITING = 50_000  # prices that wait for a disk; after more than these the file is compared with memory anew
+BUSY_TIMEOUT = 0.1  # seconds behind a lock that another program holds, before it is told and tried again
+MAX_WAL = 4 << 20  # bytes that FILE-wal keeps; while another program reads for long it grows beyond
+APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: it is ours
+VERSION = 1  # of the table
+
+# The time stands first in the key: the points of one poll lie side by side, so that a poll of ten assets writes 30 kB
+# and not 220.
+TABLE = """CREATE TABLE IF NOT EXISTS points (
+    step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
+    PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
+IDENTIFY = "PRAGMA application_id"
+SIGN = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}")
+CREATE = ("BEGIN IMMEDIATE", TABLE, *SIGN, "COMMIT")
+CONFIGURE = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = NORMAL",  # killed, a program loses the poll under way
+    f"PRAGMA journal_size_limit = {MAX_WAL}",
+)
+CHECK = "PRAGMA quick_check(1)"
+EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
+WRITE = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
+DELETE = "DELETE FROM points WHERE step = ? AND slot = ? AND source = ? AND quote = ? AND asset = ?"
+READ = "SELECT slot, asset, time, price FROM points WHERE step = ? AND source = ? AND quote = ? ORDER BY slot"
+
+logger = logging.getLogger(__name__)
+
+
+class ArchiveError(ValueError):
+    """The file cannot be used; the text is one line that names it and the way out."""
+
+
+class Report(NamedTuple):
+    """How the file is."""
+
+    state: str  # "ok", or "failing" while it lacks something
+    write_errors: int  # times that it could not be opened or written
+    last_write: float  # epoch seconds; 0.0 for none
+
+
+class Archive:
+    """The file and its thread. `start`, `write`, `stop` and `report` are for other threads.
+
+    source, quote: part of each point's key: simulated prices, or those in another currency, are never mixed in.
+    loaded: called with each range that was read, whenever a file is opened; what `History.load` makes of it is to be
+        handed to `write`. During `start` it is called there, in the thread that starts; later in the archive's,
+        so it must hand it over to the thread that owns the history, even when that does not run yet.
+    report: a value that is replaced whole; any thread may read it.
+    """
+
+    retry_interval = 1.0  # seconds until a file that could not be opened or written is tried again
+    locked_interval = 0.1  # seconds, where it was locked: two first starts in the same moment collide
+
+    def __init__(
+        self,
+        file: str,
+        source: str,
+        quote: str,
+        assets: Iterable[str],
+        *,
+        loaded: Callable[[Loaded], object],
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        self._file, self._key, self._assets = file, (source, quote), tuple(assets)
+        self._loaded, self._wall_clock = loaded, wall_clock
+        self.report = Report("failing", 0, 0.0)
+
+        # What other threads leave or look at. `_changed` guards it, and is never held while waiting for a disk.
+        self._changed = threading.Condition()
+        self._waiting: deque[Poll | Known] = deque(maxlen=max(MAX_WAITING // max(len(self._assets), 1), 100))
+        self._lost = False  # some that waited, as they were too many
+        self._read: list[Loaded] | None = []  # for `start` to hand over; None when that is over
+        self._stopping = False
+        self._state = "opening"  # or "ok"; "failing", when that was logged; "refused", permanently
+        self._reason = f"history file {file!r} does not answer"  # for failing or being refused
+
+        # The thread's own.
+        self._disk: sqlite3.Connection | None = None
+        self._identity: os.stat_result  # of the file that is open
+        self._is_read = False  # since it was opened
+        self._expected = 0  # answers of memory to what was read: until they are written the file lacks something
+        self._is_failing = False  # the last try failed: the next one is not for each poll
+        self._next_try: float | None = 0.0  # monotonic time; None while nothing has to be tried
+        # A daemon: a disk that hangs must not keep the program from ending.
+        self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
+
+    # For other threads
+
+    def start(self, wait: float = 2.0) -> None:
+        """Start the thread, and wait at most that long for the file; after that it is opened when it can be.
+
+        Raises ArchiveError when the file is refused meanwhile.
+        """
+        self._thread.start()
+        with self._changed:
+            in_time = self._changed.wait_for(lambda: self._state != "opening", wait)
+            if not in_time:
+                self._state = "failing"
+            read, self._read = self._read or [], None
+        if self._state == "refused":
+            raise ArchiveError(self._reason)
+        if not in_time:
+            self._warn()
+        for each in read:
+            self._loaded(each)
+
+    def write(self, change: Poll | Known) -> None:
+        """Leave what `History.add` or `History.load` returned. Never waits."""
+        with self._changed:
+            self._lost |= len(self._waiting) == self._waiting.maxlen
+            self._waiting.append(change)
+            self._changed.notify_all()
+
+    def stop(self, wait: float = 0.5) -> None:
+        """Have what is left written, and the thread end; a disk that hangs is waited for at most that long."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(wait)
+
+    # The thread
+
+    def _run(self) -> None:
+        """Wait, and write what was left. Only `stop`, or a refusal at the start, ends it."""
+        stopping = False
+        while not stopping and self._state != "refused":
+            with self._changed:
+                self._changed.wait_for(self._is_due, self._pause())
+                stopping = self._stopping
+            try:
+                self._save()
+            except Exception:
+                logger.exception("the history file had an error, and is tried again")
+                self._is_failing, self._next_try = True, time.monotonic() + self.retry_interval
+        self._close()
+
+    def _is_due(self) -> bool:
+        return self._stopping or (bool(self._waiting) and not self._is_failing) or self._pause() == 0.0
+
+    def _pause(self) -> float | None:
+        """Seconds until something has to be tried, or None."""
+        return None if self._next_try is None else max(self._next_try - time.monotonic(), 0.0)
+
+    def _save(self) -> None:
+        """Open the file where it is not open, and write to it what it lacks; when that fails, try again later."""
+        try:
+            self._disk = self._disk or self._open(self._file)
+            self._next_try = None
+            self._write_waiting(self._disk)
+            if (
+                not self._is_read or self._lost
+            ):  # after writing: a disk that only fails to write is not read each second
+                self._is_read, self._lost = True, False
+                self._read_all(self._disk)
+            self._limit_wal(self._disk)
+        except (ArchiveError, OSError, sqlite3.Error) as error:
+            self._note_failure(error)
+        else:
+            self._note_success()
+
+    def _write_waiting(self, disk: sqlite3.Connection) -> None:
+        while self._waiting:
+            change = self._waiting.popleft()
+            try:
+                if not change.is_empty():
+                    self._check_identity(disk)
+                    self._write(disk, change)
+                    self.report = self.report._replace(last_write=self._wall_clock())
+            except BaseException:
+                with self._changed:
+                    if len(self._waiting) == self._waiting.maxlen:
+                        self._lost = True
+                    else:
+                        self._waiting.appendleft(change)
+                raise
+            if isinstance(change, Known):
+                self._expected = max(self._expected - 1, 0)
+
+    def _write(self, disk: sqlite3.Connection, change: Poll | Known) -> None:
+        """One transaction: these points, and away with those that memory let go of."""
+        with disk:
+            disk.executemany(WRITE, ((step, slot, *self._key, *point) for step, slot, *point in change.rows()))
+            if change.forgotten:
+                gone = ((step, step_number(point, step), *self._key, asset) for step, asset, point in change.forgotten)
+                disk.executemany(DELETE, gone)
+
+    def _read_all(self, disk: sqlite3.Connection) -> None:
+        """Hand over what the file has, a range at a time, because the server thread adds it to what it has."""
+        self._expected = 0
+        for span in RANGES:
+            texts: dict[str, list[bytes]] = {asset: [] for asset in self._assets}
+            for slot, asset, at, price in disk.execute(READ, (span.step, *self._key)):
+                if asset in texts:
+                    # Rounded to milliseconds it must not fall into the next step.
+                    texts[asset].append(encode_point(min(at, (slot + 1) * span.step - 0.001), price))
+            read = Loaded(span.step, {asset: b",".join(points) for asset, points in texts.items() if points})
+            with self._changed:
+                is_starting = self._read is not None
+                if self._read is not None:
+                    self._read.append(read)
+            if not is_starting:
+                self._expected += 1
+                self._loaded(read)
+
+    def _limit_wal(self, disk: sqlite3.Connection) -> None:
+        """FILE-wal grows while another program reads for long, and shrinks only when it has been emptied."""
+        try:
+            if os.path.getsize(os.path.realpath(self._file) + "-wal") <= MAX_WAL:
+                return
+        except FileNotFoundError:
+            return
+        busy, *_ = disk.execute(EMPTY_WAL).fetchone()
+        if busy:
+            self._next_try = time.monotonic() + self.retry_interval
+
+    def _check_identity(self, disk: sqlite3.Connection) -> None:
+        """SQLite writes into a file that was deleted without an error."""
+        if not os.path.samestat(os.stat(self._file), self._identity):
+            # Otherwise what stands in FILE-wal would be taken for changes of the file that is there now.
+            disk.execute(EMPTY_WAL)
+            raise ArchiveError(f"history file {self._file!r} was replaced")
+
+    def _note_success(self) -> None:
+        self._is_failing = False
+        if self._expected:
+            return
+        with self._changed:
+            before, self._state = self._state, "ok"
+            self.report = self.report._replace(state="ok")
+            self._changed.notify_all()
+        if before == "failing":
+            logger.info("history file %r is up to date again", self._file)
+
+    def _note_failure(self, error: Exception) -> None:
+        self._is_failing = True
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
+        locked = code == sqlite3.SQLITE_BUSY
+        self._next_try = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
+        if not locked and code != sqlite3.SQLITE_FULL:
+            self._close()
+        what = getattr(error, "strerror", None) or str(error)
+        self._reason = what if isinstance(error, ArchiveError) else f"history file {self._file!r}: {what}"
+        self.report = Report("failing", self.report.write_errors + 1, self.report.last_write)
+        with self._changed:
+            before = self._state
+            if before == "ok":
+                self._state = "failing"
+            elif before == "opening" and isinstance(error, ArchiveError):
+                self._state = "refused"
+                self._changed.notify_all()
+        if before == "ok":
+            self._warn()
+
+    def _close(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+        self._disk = None
+
+    def _warn(self) -> None:
+        logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
+
+    def _open(self, file: str) -> sqlite3.Connection:
+        """Open the file. Raises ArchiveError, with nothing changed, when it is refused."""
+        path = os.path.realpath(file)
+        complaint = _complaint(path)
+        if complaint:
+            raise ArchiveError(f"history file {file!r} {complaint}, or name another file")
+        disk = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level="IMMEDIATE")
+        try:
+            new = disk.execute(IDENTIFY).fetchone() != (APPLICATION_ID,)
+            for statement in (*CREATE, *CONFIGURE) if new else CONFIGURE:
+                disk.execute(statement)
+            self._identity = os.stat(file)
+        except BaseException:
+            disk.close()
+            raise
+        self._is_read = False
+        return disk
+
+
+def _complaint(path: str) -> str | None:
+    """Why this cannot be the file, and what to do; found out without writing to it or beside it."""
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        return f"is in a directory that does not exist: make {directory!r}"
+    if os.path.isdir(path):
+        return "is a directory: name a file in it"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "is no regular file: remove it"  # a pipe would be waited for
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"gets files beside it: make {directory!r} writable"
+    if not os.path.exists(path):
+        return None
+    if not os.access(path, os.R_OK | os.W_OK):
+        return "must be readable and writable: change its permissions"
+    with open(path, "rb") as file:
+        head = file.read(100)
+    return (_complaint_about_head(head) or _complaint_about_content(path)) if head else None
+
+
+def _complaint_about_head(head: bytes) -> str | None:
+    """All that is read of somebody else's database: SQLite itself would put files beside it."""
+    if not head.startswith(b"SQLite format 3\0"):
+        return "is no SQLite database: move it away"
+    if len(head) < 100:
+        return "is damaged: put a copy in its place"
+    version, application = struct.unpack_from(">I4xI", head, 60)
+    if application != APPLICATION_ID:
+        return "is a database of another program: move it away"
+    if version > VERSION:
+        return "was made by a newer version of this program: use that one"
+    return None
+
+
+def _complaint_about_content(path: str) -> str | None:
+    new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
+    if len(new) == 2 and os.path.getsize(path) % 512:
+        return "is damaged (cut off): put a copy in its place"  # SQLite sees whole pages alone
+    disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+    try:
+        (verdict,) = disk.execute(CHECK).fetchone()
+    except sqlite3.DatabaseError as error:
+        code = error.sqlite_errorcode & 0xFF
+        if code == sqlite3.SQLITE_READONLY:
+            return None  # its first start was cut short: to undo the rest of that needs writing
+        if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
+        verdict = str(error)
+    finally:
+        disk.close()
+    if verdict == "ok":
+        return None
+    for beside in new:
+        Path(beside).unlink(missing_ok=True)
+    return f"is damaged ({verdict.splitlines()[-1]}): put a copy in its place"

@@ -1,0 +1,401 @@
+"""Which connection is a client, what it gets, and when it is dropped: fan-out, admission, deadlines, stop.
+
+Everything here runs in the server thread. A connection is a visitor first, then a client, or it only takes
+its last bytes ("leaving").
+"""
+
+import logging
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+from .connection import CLOSE_TIMEOUT, DOWNLOAD_TIMEOUT, Connection, Message, Request, State, held_bytes
+from .formats import Format
+from .loop import Loop, RateLimitedLog
+from .prices import Feed, Prices
+from .status import Status
+from .transport import Transport, socket_room
+from .web import MAX_REQUEST, HttpError, NewClient, Response, Site
+
+OWN_FILES = 20  # descriptors that are no connection: logs, listener, selector, archive, CoinAPI
+SPARE_VISITORS = 30  # visitors that find room when the server is full of clients
+HEARTBEAT_INTERVAL = 20.0  # seconds; under the 60 s after which proxies close a silent connection
+MAX_UNANSWERED = 3  # heartbeats, so 60 s; counted, not timed: a machine that slept finds its clients again
+HEARTBEATS_AT_ONCE = 256  # in one step
+HOUSEKEEPING_INTERVAL = 0.5  # seconds: how late a deadline may be noticed
+MAX_QUEUE = 1 << 20  # bytes of send_message that may be pending for one client
+MAX_HELD = 64 << 20  # bytes that all connections together may hold
+RECOUNT_AFTER = 16 << 20  # bytes added until what is held is counted again
+MAX_JOINED = 100  # sets of followed assets whose messages are kept joined within a fan-out
+
+logger = logging.getLogger(__name__)
+
+
+class Hub:
+    """Serves the loop's events.
+
+    call_back: `call_back("new_client", client)`, or with a message; what it calls may do anything, and nothing
+        that it raises comes here.
+    make_handler: the 'handler' of a client's dict, which user code sees.
+    on_housekeeping: called twice a second.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        prices: Prices,
+        status: Status,
+        site: Site,
+        *,
+        log: RateLimitedLog,
+        call_back: Callable[..., None],
+        make_handler: Callable[[Connection], Any],
+        on_housekeeping: Callable[[], None],
+        on_end: Callable[[], None],
+    ):
+        self._loop, self._prices, self._status, self._site, self._log = loop, prices, status, site, log
+        self._call_back, self._make_handler = call_back, make_handler
+        self._on_housekeeping, self._on_end = on_housekeeping, on_end
+        self._transport = Transport(loop, self)
+        self.clients: dict[Connection, dict[str, Any]] = {}
+        self._visitors: dict[Connection, None] = {}  # the oldest first
+        self._leaving: dict[Connection, None] = {}  # which take their last bytes; the oldest first
+        self._last_id = 0
+        self._added = 0  # bytes that connections were given since those held were counted
+        self.deny_close: tuple[int, str | bytes] | None = None  # what new clients get at once; None: they are let in
+        self.stop_close: tuple[int, str | bytes] | None = (1001, "server is stopping")  # None: hang up without
+        self._was_stale = False
+        self._room = self._fit_clients()
+        status.measure = self._measure
+
+    def _fit_clients(self) -> float:
+        """Lower the number of clients to what there is room for. The room for all connections."""
+        room, why = socket_room()
+        most = max(room - OWN_FILES - SPARE_VISITORS, 1)
+        if most < self._status.max_clients:
+            logger.warning("--max-clients lowered from %d to %d: %s", self._status.max_clients, most, why)
+            self._status.max_clients = int(most)
+        return room - OWN_FILES
+
+    def start(self, listener: socket.socket) -> None:
+        self._transport.listen(listener)
+        self._loop.call_later(0, self._run_housekeeping)
+        self._loop.call_later(HEARTBEAT_INTERVAL, self._send_heartbeats)
+
+    # The loop's events
+
+    def serve(self, data: Any, events: int) -> None:
+        self._transport.serve(data, events)
+
+    def after_events(self) -> None:
+        self._transport.accept()
+
+    def connection_made(self, connection: Connection) -> None:
+        others = self._visitors or self._leaving  # clients never take all the room
+        if others and len(self._visitors) + len(self._leaving) + len(self.clients) >= self._room:
+            self._close(next(iter(others)))
+        self._visitors[connection] = None
+
+    def data_received(self, connection: Connection, data: bytes) -> None:
+        self._count_added(len(data))
+        for event in connection.receive_data(data, self._loop.clock()):
+            if isinstance(event, Message):
+                self._call_back("message_received", self.clients[connection], event.data)
+            else:
+                self._respond(connection, event)
+        if connection.outbox is not None:
+            self._flush(connection)
+
+    def ready_to_send(self, connection: Connection) -> None:
+        self._flush(connection)
+
+    def eof_received(self, connection: Connection) -> None:
+        self._close(connection)
+
+    def accept_failed(self, reason: str) -> None:
+        self._log.warn("exhausted", f"cannot accept clients for now: {reason}")
+
+    def attempt(self, step: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
+        try:
+            step(connection, *arguments)
+        except Exception as error:
+            self._fail(connection, error)
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        if isinstance(error, OSError):
+            logger.debug("connection lost: %s", error)
+            self._close(connection)
+        else:
+            self._log.warn("failed", f"a connection failed, and is closed: {error!r}", error)
+            self._drop(connection, "failed")
+
+    def _flush(self, connection: Connection) -> None:
+        self._status.messages_sent += self._transport.flush(connection)
+        if connection.outbox:
+            self._count_added(connection.outbox.take_uncounted())
+
+    def _close(self, connection: Connection) -> None:
+        """Close a connection and forget it."""
+        if connection.state is State.ENDED:
+            return
+        self._transport.close(connection)
+        self._visitors.pop(connection, None)
+        self._leaving.pop(connection, None)
+        client = self.clients.pop(connection, None)
+        if client is not None:
+            assert connection.feed is not None
+            self._status.clients[connection.feed.format.name] -= 1
+            # Later: a client may be dropped inside a fan-out.
+            self._loop.call_soon(lambda: self._call_back("client_left", client))
+            logger.debug("client left, clients connected: %d", len(self.clients))
+
+    def _drop(self, connection: Connection, reason: str) -> None:
+        """Close without a word; of a client the reason is counted."""
+        if connection in self.clients:
+            self._status.dropped[reason] += 1
+            logger.debug("client dropped: %s", reason)
+        self._close(connection)
+
+    # Requests and clients
+
+    def _respond(self, connection: Connection, request: Request) -> None:
+        if request.head is None:
+            response: Response | NewClient = self._site.refuse(
+                HttpError(431, f"request of more than {MAX_REQUEST} bytes")
+            )
+        else:
+            response = self._site.respond(request.head)
+        if isinstance(response, NewClient):
+            self._admit(connection, response)
+            return
+        self._status.http_responses[response.status] += 1
+        if response.refused:
+            self._status.refused[response.refused] += 1
+            if response.refused == "full":
+                self._log.warn("full", f"full, clients connected: {len(self.clients)}; the next ones get 503")
+        self._let_leave(connection, chain((response.head,), response.body), DOWNLOAD_TIMEOUT)
+
+    def _let_leave(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
+        """Send a visitor its last bytes."""
+        del self._visitors[visitor]
+        self._leaving[visitor] = None
+        visitor.finish_with(pieces, self._loop.clock() + seconds)
+
+    def _admit(self, connection: Connection, new_client: NewClient) -> None:
+        feed = self._prices.feeds[new_client.format]
+        if self.deny_close:
+            self._status.refused["denied"] += 1
+            connection.feed = feed  # so that it has a close's time to hang up
+            self._let_leave(connection, [new_client.head, feed.format.encode_close(*self.deny_close)], CLOSE_TIMEOUT)
+            return
+        # First, because a client that is gone already never came.
+        sent = self._transport.send(connection, new_client.head + feed.snapshot(new_client.assets))
+        del self._visitors[connection]
+        connection.become_client(feed, new_client.assets)
+        self._last_id += 1
+        client = {"id": self._last_id, "handler": self._make_handler(connection), "address": connection.address}
+        self.clients[connection] = client
+        self._status.clients[feed.format.name] += 1
+        self._status.clients_accepted += 1
+        logger.debug("client %s came, clients connected: %d", _address_of(connection, new_client), len(self.clients))
+        known = tuple(asset for asset in new_client.assets if asset in feed.messages)
+        self._status.messages_sent += connection.start_feed(new_client.head, known, sent, self._loop.clock())
+        self._call_back("new_client", client)
+        self._transport.update_interest(connection)
+
+    def follow(self, connection: Connection, assets: tuple[str, ...]) -> None:
+        """Set what a client follows, and send the current price of what is new to it."""
+        if connection in self.clients and connection.state is State.CLIENT:
+            connection.follow(assets)
+            self.attempt(self._flush, connection)
+
+    def send(self, connection: Connection, message: str | bytes) -> None:
+        """Send a message of user code to a client, after what is pending. Raises ValueError as its format does."""
+        if connection.state is State.CLIENT and connection.feed is not None:
+            data = connection.feed.format.encode_message(message)
+            self._status.messages_sent += 1
+            self.attempt(self._send, connection, data)
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        connection.enqueue(data)
+        self._flush(connection)
+        if connection.outbox and connection.outbox.size > MAX_QUEUE:
+            self._drop(connection, "queue_full")
+
+    def send_to_all(self, message: str | bytes) -> None:
+        """Send a message to every client whose format can carry it. Raises ValueError when there is no such format."""
+        encoded = _encode_for_each((feed.format for feed in self._prices.feeds.values()), message)
+        for connection in list(self.clients):
+            if connection.state is State.CLIENT and connection.feed and connection.feed.format.name in encoded:
+                self._status.messages_sent += 1
+                self.attempt(self._send, connection, encoded[connection.feed.format.name])
+
+    def disconnect(self, connections: Iterable[Connection], status: int, reason: str | bytes) -> None:
+        """Send these clients a close as the last bytes."""
+        for connection in connections:
+            self.attempt(self._say_goodbye, connection, status, reason)
+
+    def _say_goodbye(self, connection: Connection, status: int, reason: str | bytes) -> None:
+        if connection.state is State.CLIENT and connection.feed:
+            last = connection.feed.format.encode_close(status, reason)
+            connection.finish_with([last], self._loop.clock() + CLOSE_TIMEOUT)
+            self._flush(connection)
+
+    def drop_all(self) -> None:
+        for connection in list(self.clients):
+            self._drop(connection, "disconnected")
+
+    # Fan-out
+
+    def fan_out(self, assets: Iterable[str]) -> None:
+        """Send the current prices of these assets to every client that follows them, each with one send."""
+        new = set(assets)
+        joined: dict[tuple[Feed | None, tuple[str, ...]], tuple[tuple[str, ...], bytes]] = {}
+        messages = 0
+        # One loop with its fast path inline: each operation that is added counts 8,000 times.
+        for connection in list(self.clients):
+            part = joined.get((connection.feed, connection.assets))
+            if part is None:
+                if len(joined) >= MAX_JOINED:
+                    joined.clear()
+                part = joined[connection.feed, connection.assets] = _join(connection, new)
+            due, data = part
+            try:
+                sent = 0
+                if data and connection.outbox is None and connection.state is State.CLIENT:
+                    try:
+                        sent = connection.socket.send(data)
+                    except BlockingIOError:
+                        pass
+                    if sent == len(data):
+                        messages += len(due)
+                        continue
+                messages += connection.publish(due, sent, self._loop.clock())
+                self._transport.update_interest(connection)
+            except Exception as error:
+                self._fail(connection, error)
+        self._status.messages_sent += messages
+
+    # Housekeeping
+
+    def _run_housekeeping(self) -> None:
+        self._loop.call_later(HOUSEKEEPING_INTERVAL, self._run_housekeeping)
+        try:
+            self._close_overdue()
+            self._transport.resume_listening()
+            self._note_stale()
+            self._on_housekeeping()
+        except Exception as error:
+            self._log.warn("housekeeping", "housekeeping failed, and goes on", error)
+
+    def _close_overdue(self) -> None:
+        now = self._loop.clock()
+        for connection in self._everyone():
+            if reason := connection.find_overdue(now):
+                self._drop(connection, reason)
+
+    def _note_stale(self) -> None:
+        stale = self._status.state() == "stale"
+        if stale and not self._was_stale:
+            logger.warning("prices are stale: no successful poll for %.0f s", self._status.age() or 0)
+        self._was_stale = stale
+
+    def _send_heartbeats(self) -> None:
+        self._loop.call_later(HEARTBEAT_INTERVAL, self._send_heartbeats)
+        self._send_some_heartbeats(iter(list(self.clients)))
+
+    def _send_some_heartbeats(self, connections: Iterator[Connection]) -> None:
+        """In slices, because 8,000 in one step would delay everything else."""
+        some = list(islice(connections, HEARTBEATS_AT_ONCE))
+        for connection in some:
+            self.attempt(self._send_heartbeat, connection)
+        if some:
+            self._loop.call_soon(lambda: self._send_some_heartbeats(connections))
+
+    def _send_heartbeat(self, connection: Connection) -> None:
+        if connection.state is not State.CLIENT or not connection.feed:
+            return
+        if connection.unanswered >= MAX_UNANSWERED:
+            self._drop(connection, "no_pong")
+            return
+        connection.unanswered += connection.feed.format.is_two_way
+        connection.enqueue(connection.feed.format.heartbeat)
+        self._flush(connection)
+
+    # What is held
+
+    def _count_added(self, size: int) -> None:
+        """Bytes were given to a connection: from time to time look whether all together hold too much."""
+        self._added += size
+        if self._added < RECOUNT_AFTER:
+            return
+        self._added = 0
+        held = held_bytes(self._everyone())
+        if held <= MAX_HELD:
+            return
+        self._log.warn("memory", f"over {MAX_HELD} bytes are held for connections: the largest holders are dropped")
+        sizes = {connection: held_bytes([connection]) for connection in self._everyone()}
+        for connection in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            if held_bytes(self._everyone()) <= MAX_HELD:
+                break
+            self._drop(connection, "memory")
+
+    def _measure(self) -> None:
+        """Bring the gauges of /metrics up to date."""
+        self._status.visitors = len(self._visitors) + len(self._leaving)
+        self._status.held_bytes = held_bytes(self._everyone())
+        self._status.batch_seconds_max = self._loop.longest_batch()
+
+    def _everyone(self) -> list[Connection]:
+        return [*self._visitors, *self._leaving, *self.clients]
+
+    # The stop
+
+    def begin_stop(self) -> None:
+        """Take no more connections; tell the clients, and leave the downloads their time."""
+        self._transport.close_listener()
+        for connection in list(self._visitors):
+            self._close(connection)
+        if self.stop_close is None:
+            for connection in self._everyone():
+                self._close(connection)
+        else:
+            self.disconnect(list(self.clients), *self.stop_close)
+
+    def is_drained(self) -> bool:
+        return not self.clients and not self._leaving
+
+    def end(self) -> None:
+        for connection in self._everyone():
+            self._close(connection)
+        self._transport.close_listener()
+        self._on_end()
+
+
+def _join(connection: Connection, new: set[str]) -> tuple[tuple[str, ...], bytes]:
+    """The assets that this client is to get now, and their messages in one."""
+    if connection.feed is None:
+        return (), b""
+    messages = connection.feed.messages
+    due = tuple(asset for asset in connection.assets if asset in new)
+    return due, b"".join([messages[asset] for asset in due])
+
+
+def _encode_for_each(formats: Iterable[Format], message: str | bytes) -> dict[str, bytes]:
+    encoded, refusal = {}, None
+    for each in formats:
+        try:
+            encoded[each.name] = each.encode_message(message)
+        except ValueError as error:
+            refusal = error
+    if not encoded and refusal:
+        raise refusal
+    return encoded
+
+
+def _address_of(connection: Connection, new_client: NewClient) -> str:
+    """Whose client it is: a proxy on this machine tells."""
+    host = str(connection.address[0])
+    forwarded = "".join(char for char in new_client.forwarded_for[:100] if char.isprintable())
+    return forwarded if forwarded and (host.startswith("127.") or host == "::1") else host

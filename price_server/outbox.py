@@ -1,0 +1,125 @@
+"""What one connection that is behind still has to be sent. No I/O.
+
+First come the pieces that must go out as they are: the rest of a message that is partially sent, a pong,
+an HTTP response. Then come the assets whose current price is to follow. Prices never queue up: a client
+that was behind for three polls gets the last one.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+SEND_SIZE = 32 << 10  # bytes to which small pieces are joined for one send, about what a send buffer takes
+STALE_AT_ONCE = 256  # assets whose messages are joined for one send
+
+
+class Outbox:
+    """It is falsy when nothing is pending.
+
+    messages (an argument of several methods): the current message of each asset, in the connection's format.
+    """
+
+    __slots__ = ("_sent_of_first", "_uncounted", "_upcoming", "enqueued", "pieces", "size", "stale_assets")
+
+    def __init__(self) -> None:
+        self.pieces: deque[bytes] = deque()
+        self._sent_of_first = 0  # bytes of the first piece that are out already
+        self._upcoming: Iterator[bytes] = iter(())  # pieces of an HTTP body, made when they are taken
+        self.stale_assets: tuple[str, ...] = ()
+        self.size = 0  # bytes in pieces
+        self.enqueued = 0  # bytes that were ever in pieces: a large download has more time
+        self._uncounted = 0  # bytes of these that `take_uncounted` has not returned
+
+    def __bool__(self) -> bool:
+        return bool(self.pieces or self.stale_assets)
+
+    def enqueue(self, piece: bytes, already_sent: int = 0) -> None:
+        """Add a piece, of which the socket took `already_sent` bytes before anything else was pending."""
+        if piece:
+            self.pieces.append(piece)
+            self._sent_of_first = already_sent or self._sent_of_first
+            self.size += len(piece)
+            self.enqueued += len(piece)
+            self._uncounted += len(piece)
+
+    def finish_with(self, pieces: Iterable[bytes]) -> None:
+        """Add the last bytes; after what is partially sent, nothing else goes out. `pieces` is read as it is sent."""
+        self.stale_assets = ()
+        self._upcoming = iter(pieces)
+        self._take_upcoming()
+
+    def mark_stale(self, assets: Iterable[str]) -> None:
+        """Let the current price of these assets follow, after those that wait already: it goes on where it stopped."""
+        waiting = set(self.stale_assets)  # a set, because 400 assets would take a millisecond for each slow client
+        self.stale_assets += tuple(asset for asset in assets if asset not in waiting)
+
+    def keep_only(self, assets: Iterable[str]) -> None:
+        """Forget the stale assets that are not among these."""
+        followed = set(assets)
+        self.stale_assets = tuple(asset for asset in self.stale_assets if asset in followed)
+
+    def split_unsent(self, assets: tuple[str, ...], sent: int, messages: Mapping[str, bytes]) -> int:
+        """The socket took `sent` bytes of the messages of `assets`: keep what is missing.
+
+        The rest of the message that is partially sent must go out as it is; the assets after it are stale.
+        Returns how many messages are begun.
+        """
+        for index, asset in enumerate(assets):
+            message = messages[asset]
+            if sent < len(message):
+                if sent:
+                    self.enqueue(message, already_sent=sent)
+                begun = index + (sent > 0)
+                self.stale_assets = assets[begun:]
+                return begun
+            sent -= len(message)
+        self.stale_assets = ()
+        return len(assets)
+
+    def data_to_send(self, messages: Mapping[str, bytes]) -> bytes | memoryview:
+        """The bytes for the next send; b"" when nothing is pending."""
+        if not self.pieces:
+            return b"".join([messages[asset] for asset in self.stale_assets[:STALE_AT_ONCE]])
+        first: bytes | memoryview = self.pieces[0]
+        if self._sent_of_first:
+            first = memoryview(first)[self._sent_of_first :]
+        if len(first) >= SEND_SIZE:
+            return first  # a large piece is not copied
+        while self.size - self._sent_of_first < SEND_SIZE and self._take_upcoming():
+            pass
+        parts, size = [first], len(first)
+        for piece in islice(self.pieces, 1, None):
+            size += len(piece)
+            if size > SEND_SIZE:
+                break
+            parts.append(piece)
+        return b"".join(parts) if len(parts) > 1 else first
+
+    def advance(self, sent: int, messages: Mapping[str, bytes]) -> int:
+        """The socket took the first `sent` bytes of `data_to_send`. Returns how many stale messages are begun."""
+        if not self.pieces:
+            later = self.stale_assets[STALE_AT_ONCE:]
+            begun = self.split_unsent(self.stale_assets[:STALE_AT_ONCE], sent, messages)
+            self.stale_assets += later
+            return begun
+        self._sent_of_first += sent
+        while self.pieces and self._sent_of_first >= len(self.pieces[0]):
+            piece = self.pieces.popleft()
+            self._sent_of_first -= len(piece)
+            self.size -= len(piece)
+            if not self.pieces:
+                self._take_upcoming()
+        return 0
+
+    def take_uncounted(self) -> int:
+        """Bytes that were enqueued since this was last asked."""
+        uncounted, self._uncounted = self._uncounted, 0
+        return uncounted
+
+    def _take_upcoming(self) -> bool:
+        """Add the next piece of the body, or say that there is none."""
+        for piece in self._upcoming:
+            if piece:
+                self.enqueue(piece)
+                return True
+        return False

@@ -1,0 +1,190 @@
+"""Moves bytes between sockets and connections: accept, receive, send, what to wait for, room for sockets.
+
+What the bytes mean is not known here. Everything runs in the loop's thread.
+"""
+
+import errno
+import math
+import selectors
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .connection import Connection, State
+from .loop import Loop
+
+ACCEPT_AT_ONCE = 32  # connections of one round
+CLIENT_TURN = 512  # bytes received from a client in one turn: 85 pings
+VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most requests
+SEND_BUFFER = 32 << 10  # bytes; by default a client that stopped reading absorbs hours of old prices
+RECEIVE_BUFFER = 16 << 10  # bytes
+USER_TIMEOUT = 60_000  # milliseconds until a peer that acknowledges nothing is given up, where the system has that
+SELECT_ROOM = 512  # sockets that Windows' select takes
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+FIN_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # on Linux: the last bytes and the FIN after them share a packet
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+def socket_room() -> tuple[float, str]:
+    """How many sockets and files this process may have open, and what limits that."""
+    rooms = [(math.inf, "")]
+    if issubclass(selectors.DefaultSelector, selectors.SelectSelector):
+        rooms.append((SELECT_ROOM, f"select takes {SELECT_ROOM} sockets here"))
+    if resource is not None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY:
+            rooms.append((files, f"only {files} files may be open (ulimit -n)"))
+    return min(rooms)
+
+
+def configure_listener(listener: socket.socket) -> None:
+    """Set what accepted sockets inherit."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+    listener.setblocking(False)
+
+
+class ConnectionHandler(Protocol):
+    """What knows the meaning of the bytes: hub.py."""
+
+    def connection_made(self, connection: Connection) -> None: ...
+    def data_received(self, connection: Connection, data: bytes) -> None: ...
+    def eof_received(self, connection: Connection) -> None: ...
+    def ready_to_send(self, connection: Connection) -> None: ...
+    def attempt(self, step: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
+        """Run a step of this connection: what goes wrong in it ends this connection only."""
+
+    def accept_failed(self, reason: str) -> None: ...
+
+
+class Transport:
+    def __init__(self, loop: Loop, handler: ConnectionHandler):
+        self._loop = loop
+        self._handler = handler
+        self._listener: socket.socket | None = None
+        self._listening = False
+
+    def serve(self, data: Any, events: int) -> None:
+        """A socket is ready. An event counts only for the connection that it was registered for."""
+        if data is None:  # the listener
+            return  # `accept` follows the batch, or it would evict visitors whose request has already arrived
+        if events & data.watched & READ:
+            self._handler.attempt(self.receive, data)
+        elif events & data.watched:
+            self._handler.attempt(self._handler.ready_to_send, data)
+
+    # The listener
+
+    def listen(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self.resume_listening()
+
+    def resume_listening(self) -> None:
+        if self._listener and not self._listening:
+            self._loop.register(self._listener, READ, None)
+            self._listening = True
+
+    def pause_listening(self) -> None:
+        if self._listener and self._listening:
+            self._loop.unregister(self._listener)
+            self._listening = False
+
+    def close_listener(self) -> None:
+        self.pause_listening()
+        if self._listener:
+            self._listener.close()
+            self._listener = None
+
+    def accept(self) -> None:
+        """Accept the connections that wait, up to 32, and take what they have sent."""
+        for _ in range(ACCEPT_AT_ONCE):
+            if not (self._listener and self._listening):
+                return
+            try:
+                sock, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in NO_DESCRIPTOR:
+                    # It stays in the kernel's queue, and select would return at once: no spinning until housekeeping.
+                    self.pause_listening()
+                    self._handler.accept_failed(error.strerror or str(error))
+                return
+            sock.setblocking(False)
+            connection = Connection(self._loop.clock())
+            connection.socket, connection.address, connection.watched = sock, address, 0
+            self._handler.connection_made(connection)
+            self._handler.attempt(self.receive, connection)  # the request is mostly here by now
+            if connection.state is State.VISITOR:
+                self._handler.attempt(self._watch, connection, READ)
+
+    # One connection
+
+    def receive(self, connection: Connection) -> None:
+        """Take one turn's worth of what arrived. Raises OSError when the connection is broken."""
+        try:
+            data = connection.socket.recv(VISITOR_TURN if connection.state is State.VISITOR else CLIENT_TURN)
+        except BlockingIOError:
+            return
+        if data:
+            self._handler.data_received(connection, data)
+        else:
+            self._handler.eof_received(connection)
+
+    def send(self, connection: Connection, data: bytes | memoryview) -> int:
+        """How many of these bytes the socket took. Raises OSError when the connection is broken."""
+        try:
+            sent: int = connection.socket.send(data, FIN_FOLLOWS if connection.state is State.CLOSING else 0)
+        except BlockingIOError:
+            return 0
+        return sent
+
+    def flush(self, connection: Connection) -> int:
+        """Send what is pending as far as the socket takes it. Returns how many prices were begun.
+
+        After the last bytes this side is shut down. Raises OSError when the connection is broken.
+        """
+        begun, before = 0, connection.state
+        while True:
+            data = connection.data_to_send()
+            sent = self.send(connection, data) if data else 0
+            begun += connection.advance(sent, self._loop.clock())
+            if not data or sent < len(data):
+                break
+        if before is State.CLOSING and connection.state is State.LINGERING:
+            connection.socket.shutdown(socket.SHUT_WR)
+        self.update_interest(connection)
+        return begun
+
+    def update_interest(self, connection: Connection) -> None:
+        """Wait for room while something is pending, and for data otherwise: so no pongs pile up."""
+        self._watch(connection, WRITE if connection.outbox else READ)
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        if connection.watched == events or connection.state is State.ENDED:
+            return
+        before, connection.watched = connection.watched, 0  # what a selector fails at is not in it any more
+        if before:
+            self._loop.modify(connection.socket, events, connection)
+        else:
+            self._loop.register(connection.socket, events, connection)
+        connection.watched = events
+
+    def close(self, connection: Connection) -> None:
+        """Close the socket; the connection has ended."""
+        if connection.watched:
+            self._loop.unregister(connection.socket)
+            connection.watched = 0
+        connection.end()
+        try:
+            connection.socket.close()
+        except OSError:
+            pass  # of a connection that failed already

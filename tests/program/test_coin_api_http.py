@@ -1,0 +1,575 @@
+"""coin_api over real connections: deadlines, TLS, proxies, lost connections, and the key that shows nowhere."""
+
+import gzip
+import json
+import logging
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import NamedTuple
+
+import psutil
+import pytest
+import trustme
+from running import ROOT
+from stand_in import KEY, RATES, StandIn, rates_body
+
+import coin_api as module
+from coin_api import CoinApi, CoinApiError
+
+URL = "https://rest.coinapi.io/v1/exchangerate/USD"
+AT = "2021-10-20T21:34:13.0000000Z"
+
+
+def error_of(api: CoinApi, *assets: str) -> CoinApiError:
+    with pytest.raises(CoinApiError) as caught:
+        api.fetch_prices(assets or ("BTC", "ETH"))
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_follows_no_redirect(coin_api: StandIn, status: int) -> None:
+    with StandIn() as elsewhere:
+        coin_api.say(b"", status=status, Location=f"{elsewhere.url}/v1/exchangerate/USD")
+        error = error_of(CoinApi(KEY, url=coin_api.url))
+        assert str(error) == f"CoinAPI answered {status}: a redirect, which is not followed: check COIN_API_URL"
+        assert elsewhere.requests == []
+
+
+def drip(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+    """A byte every 20 ms, so each single read is quick, for up to 2 s."""
+    for byte in data[:100]:
+        handler.wfile.write(bytes([byte]))
+        handler.wfile.flush()
+        time.sleep(0.02)
+
+
+def drip_body(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n")
+    drip(handler, b" " * 100)
+
+
+def drip_chunks(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    drip(handler, b"1\r\n[\r\n" * 17)
+
+
+def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    drip(handler, b"x" * 100)
+
+
+def say_nothing(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(2)
+
+
+@pytest.mark.parametrize("answer", [drip_body, drip_chunks, drip_headers, say_nothing])
+def test_the_deadline_holds_for_the_whole_answer(
+    coin_api: StandIn, monkeypatch: pytest.MonkeyPatch, answer: Callable[[BaseHTTPRequestHandler], None]
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+    coin_api.answer = answer
+    started = time.monotonic()
+    error = error_of(CoinApi(KEY, url=coin_api.url))
+    assert (str(error), error.cause) == ("no answer from CoinAPI: not whole within 0.2 s", "timeout")
+    assert time.monotonic() - started < 1.2
+
+
+def test_the_limits_are_3_s_to_connect_10_s_to_answer_and_1_mib() -> None:
+    assert (module.CONNECT_TIMEOUT, module.ANSWER_TIMEOUT, module.MAX_ANSWER) == (3.0, 10.0, 1 << 20)
+
+
+def test_the_next_request_has_a_deadline_of_its_own(coin_api: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+    api = CoinApi(KEY, url=coin_api.url)
+    started = time.monotonic()
+    while time.monotonic() - started < 0.5:  # on one connection, kept alive
+        assert len(api.fetch_prices(("BTC", "ETH"))) == 2
+
+
+def endless(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    for _ in range(1000):  # 64 MiB
+        handler.wfile.write(b"[" * 65536)
+
+
+def bomb(handler: BaseHTTPRequestHandler) -> None:
+    body = gzip.compress(b" " * (32 << 20), compresslevel=1)
+    handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
+@pytest.mark.parametrize("answer", [endless, bomb])
+def test_an_answer_over_1_mib_is_not_taken_in(
+    coin_api: StandIn, answer: Callable[[BaseHTTPRequestHandler], None]
+) -> None:
+    coin_api.answer = answer
+    memory = psutil.Process().memory_info().rss
+    assert str(error_of(CoinApi(KEY, url=coin_api.url))) == "CoinAPI's answer is larger than 1048576 bytes"
+    if answer is endless:  # the bomb is made in this process too
+        assert psutil.Process().memory_info().rss - memory < 20 << 20
+
+
+def test_what_is_wrong_with_the_connection_is_named(coin_api: StandIn) -> None:
+    api = CoinApi(KEY, url=coin_api.url)
+    coin_api.say(b"no gzip", Content_Encoding="gzip")
+    assert "Error -3 while decompressing data: incorrect header check" in str(error_of(api))
+    assert error_of(api).cause == "bad_answer"
+    coin_api.answer = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)
+    assert str(error_of(api)).startswith("no answer from CoinAPI: ")
+
+
+def test_an_answer_cut_off_half_way_is_no_answer(coin_api: StandIn) -> None:
+    def cut_off(handler: BaseHTTPRequestHandler) -> None:
+        body = rates_body(RATES)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body[:-9]))
+        handler.close_connection = True
+
+    coin_api.answer = cut_off
+    assert "IncompleteRead" in str(error_of(CoinApi(KEY, url=coin_api.url)))
+
+
+# A connection that died while it was idle
+
+
+class LosesConnections:
+    """A CoinAPI that answers the first request of each connection, and ends each at its next request.
+
+    end: what it does with a connection then. first: how many are ended at their first request too.
+    """
+
+    def __init__(self, end: Callable[[socket.socket], None], first: int = 0):
+        self.end, self.first = end, first
+        self.requests: list[float] = []  # monotonic seconds
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self) -> "LosesConnections":
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def serve(self) -> None:
+        body = rates_body({"BTC": 2.5})
+        try:
+            while True:
+                with self.listener.accept()[0] as client:
+                    for number in range(2):
+                        if not client.recv(4096):
+                            break
+                        self.requests.append(time.monotonic())
+                        if number or len(self.requests) <= self.first:
+                            self.end(client)
+                            break
+                        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        except OSError:
+            pass  # closed
+
+
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def close(client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_RDWR)
+
+
+def close_after_the_first_byte(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 2")
+
+
+def reset_after_the_first_byte(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 2")
+    time.sleep(0.1)  # so that the byte is read before the reset discards it
+    reset(client)
+
+
+@pytest.mark.parametrize("end", [reset, close])
+def test_a_kept_connection_that_is_lost_at_the_next_request_costs_no_poll(end: Callable[[socket.socket], None]) -> None:
+    with LosesConnections(end) as server:
+        api = CoinApi(KEY, url=server.url)
+        assert [api.fetch_prices(("BTC",))[0].price for _ in range(4)] == [2.5] * 4
+        assert len(server.requests) == 7  # each but the first was sent twice
+
+
+@pytest.mark.parametrize("end", [close_after_the_first_byte, reset_after_the_first_byte])
+def test_a_connection_that_is_lost_within_the_answer_is_not_asked_again(end: Callable[[socket.socket], None]) -> None:
+    with LosesConnections(end) as server:
+        api = CoinApi(KEY, url=server.url)
+        assert api.fetch_prices(("BTC",))
+        error_of(api)
+        assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("end", [reset, close])
+def test_a_new_connection_that_is_lost_is_a_failed_poll_and_so_is_a_second_loss(
+    end: Callable[[socket.socket], None],
+) -> None:
+    with LosesConnections(end, first=1) as server:
+        api = CoinApi(KEY, url=server.url)
+        assert error_of(api).cause == "connection"
+        assert len(server.requests) == 1
+        assert api.fetch_prices(("BTC",))
+        server.first = 4
+        error_of(api)
+        assert len(server.requests) == 4
+
+
+def test_what_is_sent_again_has_the_rest_of_the_same_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 1.0)
+
+    def close_late(client: socket.socket) -> None:
+        time.sleep(0.7)
+
+    with LosesConnections(close_late, first=0) as server:
+        api = CoinApi(KEY, url=server.url)
+        assert api.fetch_prices(("BTC",))
+        server.first = 3
+        started = time.monotonic()
+        assert error_of(api).cause == "timeout"
+        assert 0.9 < time.monotonic() - started < 1.35
+        assert len(server.requests) == 3
+
+
+def test_a_socks_proxy_without_its_package_names_the_remedy() -> None:
+    program = (
+        "import sys; sys.modules['socks'] = None; from coin_api import CoinApi; CoinApi('key').fetch_prices(['BTC'])"
+    )
+    environment = os.environ | {"HTTPS_PROXY": "socks5://user:secret@127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert "a SOCKS proxy, which needs one more package: pip install pysocks" in done.stderr.splitlines()[-1]
+    assert "secret" not in done.stderr
+
+
+def test_a_refused_connection_is_named_without_addresses_that_change(coin_api: StandIn) -> None:
+    api = CoinApi(KEY, url=coin_api.url)
+    coin_api.server.shutdown()
+    coin_api.server.server_close()
+    assert str(error_of(api)) == "no answer from CoinAPI: Connection refused"
+    assert error_of(api).cause == "connection"
+
+
+def test_a_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        waiting = [socket.socket() for _ in range(8)]
+        for client in waiting:  # fill the queue of a server that never accepts
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        error = error_of(CoinApi(KEY, url=f"http://127.0.0.1:{full.getsockname()[1]}"))
+        for client in waiting:
+            client.close()
+    assert (str(error), error.cause) == ("no answer from CoinAPI: no connection within 0.2 s", "timeout")
+
+
+def test_the_key_shows_in_no_error_repr_traceback_or_log(coin_api: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    api = CoinApi(KEY, url=coin_api.url)
+    shown = [repr(api), str(api)]
+    for status, body in [(401, {"error": f"Invalid key {KEY}"}), (403, {"detail": KEY}), (500, KEY), (200, f"x{KEY}")]:
+        coin_api.say((body if isinstance(body, str) else json.dumps(body)).encode(), status=status)
+        error = error_of(api)
+        shown += ["".join(traceback.format_exception(error)), repr(error)]
+    coin_api.server.shutdown()
+    coin_api.server.server_close()
+    shown.append("".join(traceback.format_exception(error_of(CoinApi(KEY, url=coin_api.url)))))
+    assert KEY not in "".join(shown) + caplog.text
+    assert "[key]" in shown[2]
+
+
+# Where the key, or what a terminal would obey, could come from: all that a server or a proxy says.
+RUDE = f"\x1b[31m{KEY}\x07\x00"
+
+
+def rude_status_line(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 abc {RUDE}\r\n\r\n".encode())
+    handler.close_connection = True
+
+
+def rude_first_line(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"{RUDE}\r\n\r\n".encode())
+    handler.close_connection = True
+
+
+def rude_headers(handler: BaseHTTPRequestHandler) -> None:
+    lines = f"Retry-After: {RUDE}\r\nLocation: //{RUDE}\r\nX-RateLimit-Remaining: {RUDE}\r\n{RUDE}\r\n"
+    handler.wfile.write(f"HTTP/1.1 302 {RUDE}\r\n{lines}Content-Length: 0\r\n\r\n".encode())
+    handler.close_connection = True
+
+
+def rude_length(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 500 x\r\nContent-Length: {RUDE}\r\n\r\n{RUDE}".encode())
+    handler.close_connection = True
+
+
+def rude_encoding(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(f"HTTP/1.1 500 x\r\nTransfer-Encoding: chunked\r\n\r\n{RUDE}\r\n".encode())
+    handler.close_connection = True
+
+
+def endless_header(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 70_000 + b"\r\n\r\n")
+
+
+def too_many_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + f"{RUDE}: x\r\n".encode() * 200 + b"\r\n")
+
+
+def rude_body(handler: BaseHTTPRequestHandler) -> None:
+    body = f'"{RUDE.lower()}'.encode() + b"x" * 500
+    handler.wfile.write(b"HTTP/1.1 500 x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(rude_status_line, rude_first_line, rude_headers, rude_length, rude_encoding, endless_header),
+        *(too_many_headers, rude_body),
+    ],
+)
+def test_no_error_shows_the_key_or_control_characters_wherever_they_come_from(
+    coin_api: StandIn, answer: Callable[[BaseHTTPRequestHandler], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    coin_api.answer = answer
+    error = error_of(CoinApi(KEY, url=coin_api.url))
+    assert str(error).startswith(("no answer from CoinAPI: ", "CoinAPI answered "))
+    assert str(error).isprintable()
+    assert len(str(error)) < 300
+    shown = "".join(traceback.format_exception(error)) + caplog.text
+    assert KEY.lower() not in shown.lower()
+
+
+def test_a_body_of_1_mib_makes_a_short_line_quickly(coin_api: StandIn) -> None:
+    coin_api.say(b"\x1b" * 500_000 + KEY.encode() * 19_000, status=500)
+    api = CoinApi(KEY, url=coin_api.url)
+    started = time.thread_time()
+    error = error_of(api)
+    assert time.thread_time() - started < 0.3
+    assert len(str(error)) < 300
+    assert str(error).isprintable()
+
+
+def test_a_cut_does_not_leave_a_part_of_the_key(coin_api: StandIn) -> None:
+    coin_api.say(b"x" * 190 + KEY.encode(), status=500)
+    assert KEY[:8] not in str(error_of(CoinApi(KEY, url=coin_api.url)))
+
+
+def test_a_proxy_of_the_environment_does_not_get_the_key_of_a_loopback_address(
+    coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StandIn() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        assert CoinApi(KEY, url=coin_api.url).fetch_prices(("BTC",))
+        assert proxy.requests == []
+
+
+# Over TLS, with certificates made for the tests
+
+
+class Authority(NamedTuple):
+    ca: trustme.CA
+    bundle: str  # its certificate's file, for REQUESTS_CA_BUNDLE
+
+    def context(self, name: str = "127.0.0.1") -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.ca.issue_cert(name).configure_cert(context)
+        return context
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    ca, bundle = trustme.CA(), tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(str(bundle))
+    return Authority(ca, str(bundle))
+
+
+@pytest.fixture
+def over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in over TLS whose certificate the environment's bundle makes good."""
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority.bundle)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.5)
+    with StandIn(tls=authority.context()) as stand_in:
+        yield stand_in
+
+
+class Proxy:
+    """`with Proxy() as proxy:` a proxy for HTTPS; `asked` has what it was told.
+
+    says: the answer instead of a tunnel. drips: a byte every 20 ms behind it.
+    """
+
+    def __init__(self, says: bytes | None = None, drips: bool = False):
+        self.says, self.drips = says, drips
+        self.asked: list[bytes] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://user:secret@127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self) -> "Proxy":
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def accept(self) -> None:
+        try:
+            while True:
+                threading.Thread(target=self.serve, args=self.listener.accept()[:1], daemon=True).start()
+        except OSError:
+            pass  # closed
+
+    def serve(self, client: socket.socket) -> None:
+        with client:
+            head = client.recv(4096)
+            self.asked.append(head)
+            if self.says is not None:
+                client.sendall(self.says)
+                try:
+                    while self.drips:
+                        client.sendall(b" ")
+                        time.sleep(0.02)
+                except OSError:
+                    pass  # it gave up
+                return
+            host, _, port = head.split()[1].decode().partition(":")
+            with socket.create_connection((host, int(port))) as server:
+                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=pump, args=(server, client), daemon=True)
+                back.start()
+                pump(client, server)
+                back.join()
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(4096):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def test_a_certificate_that_the_environments_bundle_makes_good_is_good(over_tls: StandIn) -> None:
+    assert CoinApi(KEY, url=over_tls.url).fetch_prices(("BTC",))[0].price == RATES["BTC"]
+    assert over_tls.requests[0].headers["X-CoinAPI-Key"] == KEY
+
+
+@pytest.mark.parametrize(
+    ("name", "issuer", "said"),
+    [
+        ("example.org", "known", "certificate is not valid for '127.0.0.1'"),
+        ("127.0.0.1", "unknown", "certificate verify failed: unable to get local issuer certificate"),
+    ],
+)
+def test_a_wrong_certificate_gets_no_key_and_is_named(
+    over_tls: StandIn, authority: Authority, name: str, issuer: str, said: str
+) -> None:
+    other = authority if issuer == "known" else Authority(trustme.CA(), "")
+    with StandIn(tls=other.context(name)) as stand_in:
+        error = error_of(CoinApi(KEY, url=stand_in.url))
+        assert str(error).startswith("no answer from CoinAPI: [SSL: CERTIFICATE_VERIFY_FAILED]")
+        assert said in str(error)
+        assert stand_in.requests == []
+
+
+def test_a_bundle_that_is_not_there_is_a_failed_poll(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nonexistent.pem")
+    assert "invalid path: /nonexistent.pem" in str(error_of(CoinApi(KEY, url=over_tls.url)))
+
+
+@pytest.mark.parametrize("answer", [drip_body, drip_headers])
+@pytest.mark.parametrize("proxied", [False, True])
+def test_the_deadline_holds_over_tls_and_through_a_proxy(
+    over_tls: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    proxied: bool,
+    answer: Callable[[BaseHTTPRequestHandler], None],
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+    over_tls.answer = answer
+    with Proxy() as proxy:
+        if proxied:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        started = time.monotonic()
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: not whole within 0.2 s"
+        assert time.monotonic() - started < 1.2
+        assert len(proxy.asked) == proxied
+
+
+def test_a_proxy_of_the_environment_is_asked_and_does_not_see_the_key(
+    over_tls: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        api = CoinApi(KEY, url=over_tls.url)
+        assert [update.price for _ in range(2) for update in api.fetch_prices(("BTC",))] == [RATES["BTC"]] * 2
+        (asked,) = proxy.asked  # one connection, kept alive
+        assert asked.startswith(f"CONNECT {over_tls.url.removeprefix('https://')} HTTP/1.".encode())
+        assert KEY.encode() not in asked
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert CoinApi(KEY, url=over_tls.url).fetch_prices(("BTC",))
+        assert len(proxy.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        (f"HTTP/1.1 407 {RUDE}\r\n\r\n", "Tunnel connection failed: 407"),
+        (f"{RUDE}\r\n\r\n", "BadStatusLine"),
+        ("HTTP/1.1 200 " + "x" * 70_000, "LineTooLong"),
+        ("", "closed connection without response"),
+    ],
+)
+def test_a_proxy_that_refuses_is_named_without_key_password_or_control_characters(
+    over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: str, said: str
+) -> None:
+    with Proxy(says.encode()) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        text = str(error_of(CoinApi(KEY, url=over_tls.url)))
+    assert said in text
+    assert text.isprintable()
+    assert KEY not in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("proxy", ["http://user:secret@[bad", "http://user:secret@/", "socks9://user:secret@host"])
+def test_a_proxy_that_cannot_be_one_is_a_failed_poll_without_its_password(
+    over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    assert "secret" not in str(error_of(CoinApi(KEY, url=over_tls.url)))
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: "])
+def test_a_proxy_that_drips_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 3.0)
+    with Proxy(says, drips=True) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        started = time.monotonic()
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: no connection within 0.2 s"
+        assert time.monotonic() - started < 1.5
+
+
+def test_a_tls_handshake_that_does_not_end_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = CoinApi(KEY, url=f"https://127.0.0.1:{silent.getsockname()[1]}")
+        assert str(error_of(api)) == "no answer from CoinAPI: no connection within 0.2 s"

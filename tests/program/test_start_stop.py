@@ -1,0 +1,311 @@
+"""tracker: what main hands on, the start-up lines, and every way to end."""
+
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from calling import Done
+from running import ROOT, wait_for
+from stand_in import KEY, StandIn
+from websockets.sync.client import connect
+
+import system
+import tracker
+from coin_api import PriceUpdate
+from price_server import PriceServer
+from tracker import Poller, main
+
+GOOD = [PriceUpdate("BTC", 1.0, "t"), PriceUpdate("ETH", 2.0, "t")]
+
+
+class FakePriceServer:
+    """Ends as soon as it has a poll's prices, so that main ends too; keeps what it was made with."""
+
+    made: "list[FakePriceServer]" = []  # noqa: RUF012
+    port = 4711
+    client_count = 0
+    client_came = threading.Event()
+    files_asked: "list[int]" = []  # noqa: RUF012
+
+    def __init__(self, assets: tuple[str, ...], host: str, port: int, **options: object):
+        self.assets = assets
+        self.options = options | {"host": host, "port": port}
+        self.last_error: str | None = None
+        self.is_over = False
+        self.deadline = time.monotonic() + 10  # a fault fails the test, and does not hang it
+        self.calls: list[object] = []
+        self.on_housekeeping: Callable[[], None] | None = None
+        self.made.append(self)
+
+    @staticmethod
+    def files_needed(max_clients: int) -> int:
+        return max_clients + 50
+
+    @property
+    def has_ended(self) -> bool:
+        return self.is_over or time.monotonic() > self.deadline
+
+    def publish(self, updates: list[PriceUpdate]) -> list[str]:
+        self.is_over = True
+        return [update.asset_id for update in updates]
+
+    def report_failure(self, reason: str, cause: str) -> None:
+        self.last_error = reason
+        self.is_over = True
+
+    def note_poll(self, seconds: float, credits_used: int | None, credits_left: int | None) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+    def run_forever(self, threaded: bool) -> None:
+        self.calls.append(threaded)
+
+    def shutdown_gracefully(self, status: int, reason: bytes) -> None:
+        self.calls.append((status, reason))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FakePriceServer]:
+    """The servers that main made, in place of real ones."""
+    FakePriceServer.made.clear()
+    FakePriceServer.files_asked.clear()
+    monkeypatch.setattr(tracker, "PriceServer", FakePriceServer)
+    monkeypatch.setattr(system, "raise_file_limit", FakePriceServer.files_asked.append)
+    return FakePriceServer.made
+
+
+def test_every_flag_reaches_the_server(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:
+    flags = "--demo --assets sol,btc --quote eur --interval 7.5 --host 127.0.0.2 --port 3031 --max-clients 99 "
+    flags += "--allow-origin https://a.example --allow-origin https://b.example --history x.db --pause-when-idle"
+    run_main(*flags.replace("--pause-when-idle", "").split())
+    (server,) = made
+    assert server.assets == ("SOL", "BTC")
+    expected = {"host": "127.0.0.2", "port": 3031, "quote": "EUR", "source": "demo", "interval": 7.5, "max_clients": 99}
+    expected |= {"allow_origins": ["https://a.example", "https://b.example"], "history_file": "x.db"}
+    assert server.options == expected | {"pause_when_idle": False}
+    assert server.calls == [True, (1001, b"server is stopping")]
+    assert server.files_asked == [149], "before the server is made, which fits its clients into them"
+
+
+def test_without_flags_the_server_gets_the_defaults(
+    run_main: Callable[..., Done], made: list[FakePriceServer], coin_api: StandIn
+) -> None:
+    run_main(COIN_API_KEY=f" {KEY} ", COIN_API_URL=coin_api.url)
+    expected = {"host": "127.0.0.1", "port": 3030, "quote": "USD", "source": "coinapi", "interval": 5.0}
+    expected |= {"max_clients": 10_000, "allow_origins": [], "history_file": None, "pause_when_idle": False}
+    assert made[0].options == expected
+    assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
+
+
+def test_a_source_of_ones_own_is_asked_and_named_in_place_of_coinapi(
+    run_main: Callable[..., Done], made: list[FakePriceServer]
+) -> None:
+    class Own:
+        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
+            return GOOD
+
+    assert "tracking BTC" in run_main("--assets", "BTC", source=Own()).log[1]
+    assert made[0].options["source"] == "Own"
+    run_main("--demo", source=Own())
+    assert made[1].options["source"] == "demo"
+
+
+@pytest.mark.parametrize("pause", [True, False])
+def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
+    run_main: Callable[..., Done], made: list[FakePriceServer], monkeypatch: pytest.MonkeyPatch, pause: bool
+) -> None:
+    asked: list[object] = []
+
+    class FakeApi:
+        name = "coinapi"
+
+        def __init__(self, *arguments: object):
+            asked.extend(arguments)
+
+        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
+            return GOOD
+
+    class WatchedPoller(Poller):
+        def run(self) -> None:
+            asked.extend([self.interval, self.pause_when_idle, self.server])
+            self.pause_when_idle = False
+            super().run()
+
+    monkeypatch.setattr(tracker, "CoinApi", FakeApi)
+    monkeypatch.setattr(tracker, "Poller", WatchedPoller)
+    flags = ["--quote", "eur", "--interval", "9", *(["--pause-when-idle"] if pause else [])]
+    run_main(*flags, COIN_API_KEY=KEY, COIN_API_URL="")  # an empty one is none
+    assert asked == [KEY, "EUR", "https://rest.coinapi.io", 9.0, pause, made[0]]
+    assert made[0].options["pause_when_idle"] is pause
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (
+            ("--assets", "BTC,ETH"),
+            [
+                "dashboard http://127.0.0.1:4711/ and WebSocket ws://127.0.0.1:4711/ws",
+                "tracking BTC, ETH in USD: 1 request every 5 s, 17,280 a day",
+            ],
+        ),
+        (
+            ("--host", "::1", "--assets", "BTC", "--interval", "0.5", "--quote", "eur", "--pause-when-idle"),
+            [
+                "dashboard http://[::1]:4711/ and WebSocket ws://[::1]:4711/ws",
+                "tracking BTC in EUR: 1 request every 0.5 s, 172,800 a day at most",
+            ],
+        ),
+        (
+            ("--host", "0.0.0.0", "--demo", "--assets", "BTC"),
+            [
+                "dashboard http://127.0.0.1:4711/ and WebSocket ws://127.0.0.1:4711/ws, on all addresses of this "
+                "machine",
+                "DEMO, simulated prices: BTC in USD every 5 s",
+            ],
+        ),
+        (
+            ("--host", "::", "--demo", "--assets", "BTC"),
+            [
+                "dashboard http://[::1]:4711/ and WebSocket ws://[::1]:4711/ws, on all addresses of this machine",
+                "DEMO, simulated prices: BTC in USD every 5 s",
+            ],
+        ),
+    ],
+)
+def test_the_start_up_lines_name_the_addresses_and_what_the_interval_costs(
+    run_main: Callable[..., Done],
+    made: list[FakePriceServer],
+    coin_api: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    lines: list[str],
+) -> None:
+    monkeypatch.setattr(FakePriceServer, "run_forever", lambda server, threaded: setattr(server, "is_over", True))
+    done = run_main(*flags, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
+    assert done.log[:2] == [f"INFO {line}" for line in lines]
+
+
+def test_a_busy_thread_cannot_keep_the_interpreter_from_the_sending_one() -> None:
+    # In a process of its own: the one of the tests has the same interval.
+    program = "import sys, tracker; tracker.main(['--demo', '--once']); print(sys.getswitchinterval())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(0.0002)
+
+
+def test_a_pausing_poller_is_woken_when_the_new_client_counts_and_not_before(server: PriceServer) -> None:
+    counts: list[tuple[int, int]] = []
+    server.client_came.set = lambda: counts.append((server.client_count, len(server.clients)))  # type: ignore[method-assign]
+    with connect(f"ws://127.0.0.1:{server.port}/ws"), connect(f"ws://127.0.0.1:{server.port}/ws"):
+        wait_for(lambda: len(counts) >= 2)
+    assert counts == [(1, 1), (2, 2)]
+
+
+def test_the_log_level_is_the_least_that_is_logged(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:
+    assert [line.split()[0] for line in run_main("--demo", "--log-level", "error").log] == ["ERROR"]
+    assert "DEBUG polled: 10 prices" in run_main("--demo", "--log-level", "debug").log
+
+
+def test_a_server_that_ends_unasked_is_exit_1(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:
+    done = run_main("--demo")
+    assert done.status == 1
+    assert done.log[-1] == "ERROR the server's thread has ended"
+    pollers = [thread for thread in threading.enumerate() if thread.name == "poller"]
+    for poller in pollers:
+        poller.join(2)  # its interval is 5 s
+        assert not poller.is_alive()
+
+
+def test_a_history_file_that_cannot_be_used_is_exit_2(
+    run_main: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("x.db is no database: move it aside")
+
+    monkeypatch.setattr(tracker.PriceServer, "__init__", refuse)
+    done = run_main("--demo", "--history", "x.db")
+    assert (done.status, done.log) == (2, ["ERROR x.db is no database: move it aside"])
+
+
+def refuse_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.parametrize("name", ["log", "poller"])
+def test_a_thread_that_cannot_be_started_is_exit_1_and_one_line(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    run_main: Callable[..., Done],
+    made: list[FakePriceServer],
+    name: str,
+) -> None:
+    refuse_thread(monkeypatch, name)
+    if name == "log":
+        assert main(["--demo"]) == 1
+        assert capfd.readouterr().err == "tracker.py: can't start new thread\n"
+        return
+    done = run_main("--demo")
+    assert done.status == 1
+    assert "ERROR cannot start: can't start new thread" in done.log
+    assert made[0].calls == [True, (1001, b"server is stopping")]
+
+
+@pytest.mark.parametrize("name", ["archive", "server"])
+def test_a_server_without_one_of_its_threads_is_exit_1_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, run_main: Callable[..., Done], tmp_path: Path, name: str
+) -> None:
+    refuse_thread(monkeypatch, name)
+    done = run_main("--demo", "--port", "0", "--history", str(tmp_path / "past.db"))
+    assert (done.status, done.log[0]) == (1, "ERROR cannot start: can't start new thread")
+
+
+def test_a_refused_key_is_exit_2_without_the_start_up_lines(
+    run_main: Callable[..., Done], made: list[FakePriceServer], coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coin_api.say(b'{"error":"Invalid API key"}', status=401)
+
+    def note(server: FakePriceServer, reason: str, cause: str) -> None:
+        server.last_error = reason
+
+    monkeypatch.setattr(FakePriceServer, "report_failure", note)
+    done = run_main(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
+    assert done.status == 2
+    assert done.log == [
+        "INFO stopping, clients connected: 0",
+        "INFO stopped",
+        "ERROR CoinAPI refused the key (401): Invalid API key: check COIN_API_KEY",
+    ]
+    assert len(coin_api.requests) == 1
+
+
+def test_a_port_that_is_taken_is_exit_1_and_one_line(run_main: Callable[..., Done]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_main("--demo", "--port", str(port))
+    assert done.status == 1
+    assert done.log == [
+        f"ERROR cannot listen on 127.0.0.1 port {port}: Address already in use; choose with --host, --port"
+    ]
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1"])
+def test_a_host_that_cannot_be_had_is_exit_1_and_one_line(run_main: Callable[..., Done], host: str) -> None:
+    done = run_main("--demo", "--host", host)
+    assert done.status == 1
+    assert len(done.log) == 1
+    assert re.fullmatch(rf"ERROR cannot listen on {host} port 3030: .+", done.log[0])

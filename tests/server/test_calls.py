@@ -1,0 +1,402 @@
+"""The server thread: functions of other threads, batches of events, and what goes wrong in one connection."""
+
+import contextlib
+import errno
+import selectors
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, honest, parse, prices, request, visit
+from rigged import (
+    Blocked,
+    RiggedServer,
+    Socket,
+    call,
+    call_soon,
+    connections,
+    dropped,
+    in_thread,
+    narrow,
+    pass_time,
+    wait_for_calls,
+    wait_for_value,
+)
+from running import ASSETS, wait_for
+
+from coin_api import PriceUpdate
+from price_server import PriceServer
+from price_server.loop import Loop, State
+
+pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
+
+Updates = Callable[[float], list[PriceUpdate]]
+ALL_AT = {price: [(asset, float(price)) for asset in ASSETS] for price in range(10)}
+
+
+# Functions of other threads
+
+
+def test_a_call_returns_what_it_returned_and_raises_what_it_raised_in_the_server_thread(server: PriceServer) -> None:
+    assert call(server, threading.current_thread) is server.thread
+    assert server.thread.name == "server"
+    with pytest.raises(ZeroDivisionError):
+        call(server, lambda: 1 // 0)
+    with pytest.raises(SystemExit):
+        call(server, sys.exit)
+    assert call(server, lambda: call(server, lambda: 5)) == 5
+
+
+def test_functions_run_in_the_order_in_which_they_were_handed_over(server: PriceServer, updates: Updates) -> None:
+    with RawClient(server.port) as client:
+        with Blocked(server):
+            threads = []
+            acts = (lambda: server.send_message_to_all("1"), lambda: server.publish(updates(1.0)))
+            for number, act in enumerate([*acts, lambda: server.send_message_to_all("2")], 1):
+                threads.append(in_thread(act))
+                wait_for_calls(server, number)
+        for thread in threads:
+            thread.join(10)
+        assert client.read() == (TEXT, b"1")
+        assert client.prices(10) == ALL_AT[1]
+        assert client.read() == (TEXT, b"2")
+
+
+def test_calls_that_bring_further_calls_keep_nobody_else_waiting(server: PriceServer) -> None:
+    calls, ended = [0], threading.Event()
+
+    def again() -> None:
+        calls[0] += 1
+        if not ended.is_set():
+            call_soon(server, again)
+
+    with RawClient(server.port) as client:
+        call_soon(server, again)
+        for _ in range(3):
+            client.send(frame(PING, b"alive"))
+            assert client.read() == (PONG, b"alive")
+        ended.set()
+    assert calls[0] >= 2
+
+
+def test_a_function_that_was_handed_over_wakes_the_loop_at_once(
+    start_server: Callable[..., PriceServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("price_server.loop.MAX_SELECT", 60.0)
+    monkeypatch.setattr("price_server.hub.HOUSEKEEPING_INTERVAL", 60.0)
+    server = start_server()
+    for _ in range(3):
+        server.publish([])  # or TimeoutError
+
+
+def test_a_loop_that_was_woken_sleeps_again(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    select, slept = selectors.DefaultSelector.select, threading.Event()
+
+    def note(*arguments: Any) -> Any:
+        events = select(*arguments)
+        if not events:
+            slept.set()
+        return events
+
+    server.publish([])
+    monkeypatch.setattr(selectors.DefaultSelector, "select", note)
+    assert slept.wait(10), "it spins"
+
+
+def test_a_callback_that_blocks_holds_up_no_publisher_and_no_stop_for_long(
+    server: PriceServer, updates: Updates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("price_server.loop.CALL_TIMEOUT", 0.2)
+    blocking, release = threading.Event(), threading.Event()
+
+    def block(*_: object) -> None:
+        blocking.set()
+        release.wait(30)
+
+    server.set_fn_message_received(block)
+    with RawClient(server.port) as client:
+        client.send(frame(TEXT, b"block"))
+        assert blocking.wait(10)
+        for function in (lambda: server.publish(updates(1.0)), lambda: server.send_message_to_all("x")):
+            with pytest.raises(TimeoutError, match=r"the server thread has been busy for 0\.2 s: does a callback"):
+                function()
+        server.shutdown_gracefully(1001, b"as told")
+        assert not server.has_ended
+        release.set()
+        assert client.read() == (CLOSE, b"\x03\xe9as told"), "what was given up is not sent later"
+    wait_for(lambda: server.has_ended)
+
+
+def test_a_call_that_has_begun_is_waited_for(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("price_server.loop.CALL_TIMEOUT", 0.3)
+    assert call(server, lambda: threading.Event().wait(0.4)) is False
+
+
+def test_a_call_made_in_the_very_moment_of_the_end_is_lost_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter([State.BEFORE, State.RUNNING, State.ENDED, State.RUNNING, State.ENDED])
+    read: Any = lambda self, *_: next(states)  # noqa: E731
+    monkeypatch.setattr(Loop, "state", property(read, read), False)
+    loop, ran = Loop(), threading.Event()  # the loop has released the functions that waited when these are queued
+    assert loop.call(lambda: "ran") == "ran"
+    loop.call_soon(ran.set)
+    assert ran.is_set()
+
+
+def test_what_is_published_before_the_start_is_known_to_the_first_client(updates: Updates) -> None:
+    server = PriceServer(ASSETS)
+    server.publish(updates(1.0))
+    server.run_forever(threaded=True)
+    with honest(server) as client:
+        assert prices(client, 10) == ALL_AT[1]
+    server.shutdown_gracefully()
+
+
+def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: Updates) -> None:
+    with honest(server):
+        (client,) = server.clients
+        server.shutdown_gracefully()
+    server.publish(updates(1.0))
+    server.report_failure("no answer")
+    server.note_poll(0.1, 1, 99)
+    server.pause()
+    server.send_message(client, "x")
+    server.follow(client, ["BTC"])
+    client["handler"].send_close()
+    server.send_message_to_all("x")
+    server.deny_new_connections()
+    server.allow_new_connections()
+    server.disconnect_clients_gracefully()
+    server.disconnect_clients_abruptly()
+    server.shutdown_gracefully()
+    server.shutdown_abruptly()
+    server.server_close()
+    assert server.clients == []
+
+
+def test_ten_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
+    server: PriceServer, updates: Updates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 10.0)  # nobody is cut off: all hang up by themselves
+    stopped = threading.Event()
+    came: list[int] = []
+    streams: list[bytes] = []
+    failures: list[BaseException] = []
+
+    def until_stopped(function: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                while not stopped.is_set():
+                    function()
+                function()  # and once after the stop
+            except BaseException as error:
+                failures.append(error)
+
+        return in_thread(run)
+
+    def come_and_go() -> None:
+        try:
+            with RawClient(server.port) as client:
+                client.prices(25)
+                client.send(frame(CLOSE, b"\x03\xe8"))
+                client.file.read()
+        except (OSError, EOFError, AssertionError):
+            pass  # the server has stopped
+
+    def stay() -> None:
+        with RawClient(server.port) as client:
+            streams.append(client.file.read())
+
+    def send() -> None:
+        for client in server.clients:
+            server.send_message(client, "note")
+
+    server.set_fn_new_client(lambda client, server: came.append(client["id"]))
+    server.publish(updates(1.0))
+    readers = [in_thread(stay) for _ in range(5)]
+    wait_for(lambda: len(server.clients) == 5)
+    threads = [until_stopped(lambda: server.publish(updates(2.0))) for _ in range(5)]
+    threads += [until_stopped(send) for _ in range(5)]
+    threads += [until_stopped(come_and_go) for _ in range(2)]
+    wait_for(lambda: len(came) > 8, 60, "clients that come and go")
+    server.shutdown_gracefully(1001, b"server is stopping")
+    assert server.has_ended
+    stopped.set()
+    for thread in threads + readers:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert failures == []
+    assert len(streams) == 5
+    for stream in streams:
+        assert list(parse(stream))[-1] == (CLOSE, b"\x03\xe9server is stopping")
+
+
+# Batches of events
+
+
+@pytest.mark.parametrize(("clients", "seconds", "most"), [(400, 10.0, 256), (5, 0.0, 1)])
+def test_a_function_waits_for_256_events_or_50_ms(
+    rigged: RiggedServer, monkeypatch: pytest.MonkeyPatch, clients: int, seconds: float, most: int
+) -> None:
+    monkeypatch.setattr("price_server.loop.BATCH_SECONDS", seconds)
+    order: list[str] = []
+
+    def serve() -> None:
+        if not order:
+            call_soon(rigged, lambda: order.append("call"))
+        order.append("client")
+
+    with contextlib.ExitStack() as stack:
+        each = [stack.enter_context(RawClient(rigged.port)) for _ in range(clients)]
+        for sock in rigged.listener.accepted:
+            sock.before = serve
+        with Blocked(rigged):
+            for client in each:
+                client.send(frame(PONG))
+        wait_for(lambda: len(order) == clients + 1)
+        for sock in rigged.listener.accepted:
+            sock.before = lambda: None
+    assert order.index("call") <= most
+
+
+def test_a_function_waits_for_at_most_256_heartbeats(timed: RiggedServer) -> None:
+    order: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(RawClient(timed.port))
+        timed.listener.accepted[0].before = lambda: call_soon(timed, lambda: order.append("call"))
+        for sock in timed.listener.accepted[1:]:
+            sock.before = lambda: order.append("client")
+        pass_time(timed, 20.0)
+        assert len(order) == 300
+        assert order.index("call") < 256
+        for sock in timed.listener.accepted:
+            sock.before = lambda: None
+
+
+def test_a_flood_of_pings_or_messages_takes_no_turn_from_another_client(rigged: RiggedServer) -> None:
+    for opcode, least in ((PING, 20), (TEXT, 20)):
+        order: list[str] = []
+        received: list[int] = []
+        rigged.set_fn_message_received(lambda client, *_: received.append(client["id"]))  # noqa: B023
+        with RawClient(rigged.port) as flooding, RawClient(rigged.port) as client:
+            for sock, name in zip(rigged.listener.accepted[-2:], ("flood", "client"), strict=True):
+                sock.before = partial(order.append, name)
+            with Blocked(rigged):
+                flooding.send(frame(opcode, b"x") * 1_500)
+                client.send(frame(opcode, b"x"))
+            if opcode == PING:
+                assert [flooding.read() for _ in range(1_500)] == [(PONG, b"x")] * 1_500
+                assert client.read() == (PONG, b"x")
+            else:
+                wait_for(lambda: len(received) == 1_501)  # noqa: B023
+                assert received.index(max(received)) <= 512 // 7, "all of one client's messages before the other's"
+            assert "client" in order[:3]
+            assert order.count("flood") >= least, "turns of 512 bytes"
+
+
+# What goes wrong in one connection
+
+
+class Broken(Socket):
+    """A socket that fails at everything."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fileno":
+            return self.socket.fileno
+        raise RuntimeError("this socket fails")
+
+    def close(self) -> None:
+        self.socket.close()
+        raise OSError(errno.EIO, "not even that")
+
+
+def breaks(sock: Socket) -> None:
+    sock.__class__ = Broken
+    sock.before = lambda: sock.shutdown()
+
+
+@pytest.mark.parametrize("step", ["receive", "publish", "send_message", "send_message_to_all", "ping", "close"])
+def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
+    timed: RiggedServer, updates: Updates, errors: list[str], step: str
+) -> None:
+    left: list[int] = []
+    timed.set_fn_client_left(lambda client, server: left.append(client["id"]))
+    with RawClient(timed.port) as first, RawClient(timed.port) as broken, RawClient(timed.port) as last:
+        client = timed.clients[1]
+        call(timed, lambda: breaks(timed.listener.accepted[1]))
+        {
+            "receive": lambda: broken.send(frame(PING)),
+            "publish": lambda: None,
+            "send_message": lambda: timed.send_message(client, "x"),
+            "send_message_to_all": lambda: timed.send_message_to_all("x"),
+            "ping": lambda: pass_time(timed, 20.0),
+            "close": lambda: client["handler"].send_close(),
+        }[step]()
+        timed.publish(updates(1.0))
+        wait_for(lambda: len(timed.clients) == 2)
+        for other in (first, last):
+            if step in ("send_message_to_all", "ping"):
+                assert other.read()[1] in (b"x", b"")
+            assert other.prices(10) == ALL_AT[1]
+        wait_for(lambda: left == [2], what="the callback")
+        assert dropped(timed) == {"failed": 1}
+    assert errors == ["a connection failed, and is closed: RuntimeError('this socket fails')"]
+    errors.clear()
+
+
+def test_a_visitor_whose_every_step_fails_is_ended(rigged: RiggedServer, errors: list[str]) -> None:
+    with visit(rigged.port, b"GET ") as sock:
+        wait_for(lambda: connections(rigged) == 1)
+        breaks(rigged.listener.accepted[0])
+        sock.sendall(b"/")
+        wait_for(lambda: connections(rigged) == 0)
+    assert len(errors) == 1
+    errors.clear()
+    assert ask(rigged.port, request())[0] == 101
+
+
+@pytest.mark.parametrize("name", ["register", "modify"])
+def test_a_connection_that_the_selector_does_not_take_is_ended_and_no_other(
+    start_server: Callable[..., RiggedServer], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    failing: list[int] = []  # file numbers, or none for the next one
+    working = getattr(selectors.DefaultSelector, name)
+
+    def fail(selector: Any, sock: Any, *arguments: Any) -> Any:
+        if not failing or (failing[0] > 0 and sock.fileno() != failing[0]):
+            return working(selector, sock, *arguments)
+        if name == "modify":
+            selector.unregister(sock)  # as it does
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(selectors.DefaultSelector, name, fail)
+    server = start_server(kind=RiggedServer)
+    with RawClient(server.port) as other, RawClient(server.port) as client:
+        if name == "register":
+            failing.append(0)
+            with visit(server.port) as visitor:
+                assert visitor.recv(1) == b""
+        else:
+            failing.append(narrow(server).fileno())
+            server.send_message(server.clients[1], "x")
+            assert client.file.read() == b""
+        other.send(frame(PING, b"served"))
+        assert other.read() == (PONG, b"served")
+
+
+def test_an_event_of_a_connection_that_ended_in_the_same_batch_is_nothing(rigged: RiggedServer) -> None:
+    left: list[int] = []
+    received: list[int] = []
+    rigged.set_fn_client_left(lambda client, server: left.append(client["id"]))
+    rigged.set_fn_message_received(lambda client, server, message: server.disconnect_clients_abruptly())
+    with RawClient(rigged.port) as first, RawClient(rigged.port) as second:
+        for number, sock in enumerate(rigged.listener.accepted):
+            sock.before = partial(received.append, number)
+        with Blocked(rigged):
+            first.send(frame(TEXT, b"x"))
+            second.send(frame(TEXT, b"x"))
+        wait_for_value(lambda: sorted(left), [1, 2])
+    assert len(received) == 1

@@ -1,0 +1,271 @@
+"""Which client gets which price, and in what order; partially sent messages.
+
+Where the bytes fall matters, the client's socket takes just so many (`narrow`).
+"""
+
+import json
+import math
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request
+from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value, widen
+from running import ASSETS, wait_for
+
+from coin_api import PriceUpdate
+from price_server import PriceServer
+from price_server.frames import encode_frame
+
+pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
+
+Start = Callable[..., RiggedServer]
+Updates = Callable[[float], list[PriceUpdate]]
+THREE = ("BTC", "ETH", "XRP")
+MANY = tuple(f"A{number:03}" for number in range(400))
+SIZE = len(encode_frame(TEXT, b'{"asset_id":"BTC","price":1.0,"time":"t"}'))  # of a frame of these
+
+
+def poll(price: float, *assets: str) -> list[PriceUpdate]:
+    return [PriceUpdate(asset, price, "t") for asset in assets or THREE]
+
+
+def test_a_new_client_gets_all_known_prices_in_the_order_tracked(server: PriceServer, updates: Updates) -> None:
+    server.publish(reversed(updates(7.0)))
+    with honest(server) as client:
+        assert client.recv() == '{"asset_id":"BTC","price":7.0,"time":"2026-11-22T07:44:05.1234567Z"}'
+        assert prices(client, 9) == [(asset, 7.0) for asset in ASSETS[1:]]
+
+
+def test_a_poll_reaches_every_client_at_once_in_the_order_tracked(server: PriceServer, updates: Updates) -> None:
+    with honest(server) as first, honest(server) as second:
+        server.publish(reversed(updates(1.0)))
+        for client in (first, second):
+            assert prices(client, 10) == [(asset, 1.0) for asset in ASSETS]
+
+
+def test_a_partial_publish_sends_only_what_is_new(server: PriceServer) -> None:
+    server.publish([PriceUpdate("SOL", 1.0, "a"), PriceUpdate("ETH", 2.0, "b")])
+    with honest(server) as client:
+        assert prices(client, 2) == [("ETH", 2.0), ("SOL", 1.0)]
+        server.publish([PriceUpdate("SOL", 3.0, "c")])
+        server.publish([PriceUpdate("BTC", 4.0, "d")])
+        assert prices(client, 2) == [("SOL", 3.0), ("BTC", 4.0)]
+        with honest(server) as late:
+            assert prices(late, 3) == [("BTC", 4.0), ("ETH", 2.0), ("SOL", 3.0)]
+
+
+@pytest.mark.parametrize("query", ["?assets=sol,eth", "?assets=ETH&assets=%20SOL", "?assets=ETH,SOL,ETH,"])
+def test_a_client_gets_only_the_assets_it_asked_for(server: PriceServer, updates: Updates, query: str) -> None:
+    server.publish(updates(1.0))
+    with honest(server, f"/ws{query}") as client:
+        server.publish([PriceUpdate("BTC", 2.0, "not for this client")])
+        server.publish(updates(3.0))
+        assert prices(client, 4) == [("ETH", 1.0), ("SOL", 1.0), ("ETH", 3.0), ("SOL", 3.0)]
+
+
+def test_what_is_not_sound_is_left_out_and_named_once_and_the_others_are_sent(
+    server: PriceServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [PriceUpdate("DOGE", 1.0, ""), PriceUpdate("XRP", math.nan, ""), PriceUpdate("ADA", 0.0, "")]
+    with honest(server) as client:
+        assert server.publish([*bad, PriceUpdate("BTC", 1.0, "")]) == ["BTC"]
+        assert server.publish([PriceUpdate("BTC", 2.0, ""), *bad]) == ["BTC"]
+        assert server.publish(bad) == []
+        assert server.publish(poll(3.0, "XRP")) == ["XRP"]
+        assert server.publish(bad[1:2]) == []
+        assert prices(client, 3) == [("BTC", 1.0), ("BTC", 2.0), ("XRP", 3.0)]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "no sound price for DOGE: not tracked, XRP: price nan, ADA: price 0; clients keep the last one",
+        "no sound price for XRP: price nan; clients keep the last one",
+    ]
+    assert sample(server, 'polls_total{result="success"}') == 3
+
+
+def test_a_client_that_comes_during_publishes_misses_nothing(server: PriceServer, updates: Updates) -> None:
+    server.publish(updates(1))
+    with RawClient(server.port) as early:
+        came = [early]
+        for price in range(2, 50):
+            thread = in_thread(lambda: came.append(RawClient(server.port)))
+            server.publish(updates(price))
+            thread.join(10)
+        server.disconnect_clients_gracefully()
+        for each in came:
+            messages = [json.loads(data) for opcode, data in parse(each.file.read()) if opcode == TEXT]
+            each.__exit__()
+            assert [message["asset_id"] for message in messages[:10]] == list(ASSETS)
+            for asset in ASSETS:
+                seen = [message["price"] for message in messages if message["asset_id"] == asset]
+                assert seen == list(range(seen[0], 50)), "skipped, twice or back in time"
+    assert len(came) == 49
+
+
+def test_a_publish_in_the_middle_of_another_waits_and_takes_no_price_back_in_time(
+    rigged: RiggedServer, updates: Updates
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def publish_again() -> None:  # while the first client's frames go out
+        if not threads:
+            threads.append(in_thread(lambda: rigged.publish(updates(2.0))))
+            wait_for_calls(rigged, 1)
+
+    with RawClient(rigged.port) as first, RawClient(rigged.port) as second:
+        rigged.listener.accepted[0].before = publish_again
+        rigged.publish(updates(1.0))
+        threads[0].join(10)
+        expected = [(asset, price) for price in (1.0, 2.0) for asset in ASSETS]
+        assert first.prices(20) == second.prices(20) == expected
+
+
+def test_messages_are_counted_exactly_also_those_that_had_to_wait(rigged: RiggedServer, updates: Updates) -> None:
+    def sent() -> float:
+        return sample(rigged, "messages_sent_total")
+
+    rigged.publish(updates(1.0))
+    assert sent() == 0
+    with RawClient(rigged.port) as client, RawClient(rigged.port, request("/ws?assets=BTC,ETH")) as other:
+        assert sent() == 12, "the known prices"
+        rigged.publish(updates(2.0))
+        assert sent() == 24
+        rigged.publish(poll(3.0, "ETH", "XRP"))
+        assert sent() == 27
+        rigged.send_message(rigged.clients[1], "x")
+        rigged.send_message_to_all("x")
+        assert sent() == 30
+        client.send(frame(PING))
+        assert client.prices(22)[-1] == ("XRP", 3.0)
+        assert other.prices(5)[-1] == ("ETH", 3.0)
+        narrowed = narrow(rigged, 100)  # the other: one and a half frames
+        rigged.publish(updates(4.0))
+        rigged.publish(updates(5.0))
+        assert sent() == 30 + 10 + 10 + 2
+        narrowed.room = math.inf
+        assert other.prices(4) == [("BTC", 4.0), ("ETH", 4.0), ("BTC", 5.0), ("ETH", 5.0)]
+        wait_for_value(sent, 30 + 10 + 10 + 2 + 2)
+
+
+# A full socket
+
+
+def test_what_a_full_socket_did_not_take_follows_whole_and_then_the_current_prices(start_server: Start) -> None:
+    server = start_server(THREE, RiggedServer)
+    for number, room in enumerate((0, 1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE - 1, 2 * SIZE, 3 * SIZE - 1)):
+        with RawClient(server.port) as client:
+            client.prices(3 if number else 0)
+            narrowed = narrow(server, room)
+            server.publish(poll(1.0))
+            server.publish(poll(2.0))
+            narrowed.room = math.inf
+            begun = -(-room // SIZE)  # frames of the first poll of which a byte is out
+            order = [*THREE[begun:], *THREE[:begun]]  # it goes on where it stopped
+            assert client.prices(begun + 3) == [(each, 1.0) for each in THREE[:begun]] + [(each, 2.0) for each in order]
+            server.publish(poll(3.0))
+            assert client.prices(3) == [(each, 3.0) for each in THREE], "nothing else came between"
+
+
+def test_a_partial_poll_adds_to_what_is_pending_and_replaces_nothing(start_server: Start) -> None:
+    server = start_server(THREE, RiggedServer)
+    with RawClient(server.port) as client:
+        narrowed = narrow(server, 1)
+        server.publish(poll(1.0, "ETH", "XRP"))
+        server.publish(poll(2.0, "ETH"))
+        server.publish(poll(3.0, "BTC"))
+        narrowed.room = math.inf
+        assert client.prices(4) == [("ETH", 1.0), ("XRP", 1.0), ("ETH", 2.0), ("BTC", 3.0)]
+
+
+def test_a_slow_reader_of_400_assets_gets_every_one_in_turn(start_server: Start) -> None:
+    server = start_server(MANY, RiggedServer)
+    with RawClient(server.port) as client:
+        narrowed = narrow(server)
+        for number in range(1, 11):
+            server.publish(poll(number, *MANY))
+            widen(server, narrowed, room=50 * SIZE)
+        seen = [asset for asset, _ in client.prices(450)]
+        assert sorted(set(seen)) == list(MANY)
+
+
+def test_what_is_pending_of_400_assets_goes_out_in_few_sends(start_server: Start) -> None:
+    server = start_server(MANY, RiggedServer)
+    with RawClient(server.port) as client:
+        narrowed = narrow(server)
+        server.publish(poll(1.0, *MANY))
+        narrowed.room = math.inf
+        assert client.prices(400) == [(asset, 1.0) for asset in MANY]
+        assert len(narrowed.sizes) <= 5, "the handshake, and what follows"
+
+
+@pytest.mark.parametrize("room", [0, 10, 128, 129, 130, 129 + SIZE, 140 + SIZE])
+def test_a_handshake_that_a_full_socket_did_not_take_is_followed_by_the_current_prices(
+    start_server: Start, room: int
+) -> None:
+    server, came = start_server(THREE, RiggedServer), list[RawClient]()
+    for later in (poll(2.0), poll(2.0)[:2], []):
+        server.publish(poll(1.0))
+        server.listener.room = room
+        thread = in_thread(lambda: came.append(RawClient(server.port)))
+        wait_for(lambda: server.clients)
+        server.publish(later)
+        server.listener.accepted[-1].room = math.inf
+        thread.join(10)
+        begun = max(-(-(room - 129) // SIZE), 0)
+        changed = [update.asset_id for update in later]
+        rest = [(each, 2.0 if each in changed else 1.0) for each in THREE[begun:]]
+        again = [(each, 2.0) for each in THREE[:begun] if each in changed]
+        with came.pop() as client:
+            assert client.prices(3 + len(again)) == [(each, 1.0) for each in THREE[:begun]] + rest + again
+            server.disconnect_clients_gracefully()
+            assert client.read_close() == 1000
+        wait_for(lambda: connections(server) == 0)
+
+
+def test_400_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_price(
+    rigged: RiggedServer, updates: Updates
+) -> None:
+    chance = random.Random(3)
+    clients = [RawClient(rigged.port) for _ in range(6)]
+    streams: dict[int, bytes] = {}
+    for number, (client, sock) in enumerate(zip(clients, rigged.listener.accepted, strict=True)):
+        sock.before = lambda sock=sock: setattr(sock, "room", chance.choice((0, 1, 50, 700, 5_000)))  # type: ignore
+        in_thread(lambda number=number, client=client: streams.update({number: client.file.read()}))  # type: ignore
+    for price in range(1, 401):
+        rigged.publish(updates(float(price)))
+        if price % 50 == 0:
+            rigged.send_message_to_all(f"note {price} " + "x" * price)
+            for client in clients:
+                client.send(frame(PING, b"ping %d" % price))
+    heard: list[int] = []  # after the last pings
+    rigged.set_fn_message_received(lambda client, *_: heard.append(client["id"]))
+    for client in clients:
+        client.send(frame(TEXT, b"these were all the pings"))
+    wait_for(lambda: len(heard) == 6)
+    connected = [client["handler"].connection for client in rigged.clients]
+    wait_for(lambda: not any(each.outbox for each in connected), what="all sent")
+    rigged.disconnect_clients_gracefully()
+    wait_for(lambda: len(streams) == 6)
+    for client in clients:
+        client.__exit__()
+    wait_for(lambda: not rigged.clients)
+    for stream in streams.values():
+        check_stream(stream)
+
+
+def check_stream(stream: bytes) -> None:
+    last: dict[str, float] = {}
+    others: dict[int, list[bytes]] = {TEXT: [], PONG: [], CLOSE: []}
+    for opcode, payload in parse(stream):
+        if opcode == TEXT and payload.startswith(b"{"):
+            update = json.loads(payload)
+            assert update["price"] > last.get(update["asset_id"], 0), "twice, or back in time"
+            last[update["asset_id"]] = update["price"]
+        else:
+            others[opcode].append(payload)
+    assert set(last.values()) <= {400.0, 401.0}
+    assert sorted(last) == sorted(ASSETS)
+    assert others[TEXT] == [b"note %d " % price + b"x" * price for price in range(50, 401, 50)]
+    assert others[PONG] == [b"ping %d" % price for price in range(50, 401, 50)]
+    assert others[CLOSE] == [b"\x03\xe8"]

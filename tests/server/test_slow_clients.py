@@ -1,0 +1,465 @@
+"""Clients that read slowly, stop in the middle, or say nothing: how long they have, and what they may hold.
+
+Time passes by a clock that the tests own (`timed`, `pass_time`).
+"""
+
+import contextlib
+import random
+import socket
+import sys
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from raw import CLOSE, CONT, PING, PONG, TEXT, RawClient, ask, frame, get, parse, read_all, request, visit
+from rigged import (
+    Clock,
+    RiggedServer,
+    call,
+    connections,
+    dropped,
+    gone,
+    held,
+    narrow,
+    pass_time,
+    sample,
+    wait_for_value,
+)
+from running import ASSETS, wait_for
+
+from coin_api import PriceUpdate
+from price_server import PriceServer, connection, hub, loop, transport
+from price_server.frames import MAX_MESSAGE
+
+pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
+
+Start = Callable[..., RiggedServer]
+Updates = Callable[[float], list[PriceUpdate]]
+
+
+def fill(server: PriceServer, client: RawClient) -> None:
+    """Ping without reading until the client's socket is full, and the server's towards it."""
+    client.socket.settimeout(0.05)
+    unsent = b""
+    full = False
+    while not (full and held(server)):
+        unsent = unsent or frame(PING, b"x" * 125) * 100
+        try:
+            unsent = unsent[client.socket.send(unsent) :]
+        except TimeoutError:
+            full = True
+    client.socket.settimeout(10)
+
+
+def is_behind(client: dict[str, object]) -> bool:
+    return bool(client["handler"].connection.outbox)  # type: ignore[attr-defined]
+
+
+def test_a_client_that_catches_up_gets_the_current_prices_and_no_backlog(server: PriceServer, updates: Updates) -> None:
+    with RawClient(server.port, receive_buffer=4096) as client:
+        fill(server, client)
+        for price in range(1, 1_001):
+            server.publish(updates(price))
+        assert held(server) < 10_000, "nothing is read meanwhile, so no pongs pile up, and prices never queue"
+        assert client.prices(10) == [(asset, 1000) for asset in ASSETS]
+        server.publish(updates(1_001))
+        assert client.prices(1) == [("BTC", 1_001)]
+
+
+def test_a_client_that_never_reads_absorbs_under_a_fifth_of_a_megabyte(server: PriceServer, updates: Updates) -> None:
+    with RawClient(server.port, receive_buffer=4096):
+        (client,) = server.clients
+        published = 0
+        while not is_behind(client) and published < 10_000:
+            server.publish(updates(1.0))
+            published += 1
+        assert published * 690 < 200_000
+
+
+def test_the_buffers_of_an_accepted_socket_are_small_and_nothing_waits_in_them(rigged: RiggedServer) -> None:
+    with RawClient(rigged.port):
+        (sock,) = rigged.listener.accepted
+        doubled = 2 if sys.platform == "linux" else 1  # it tells twice what was set
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == (32 << 10) * doubled
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == (16 << 10) * doubled
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+
+
+def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigged: RiggedServer) -> None:
+    with RawClient(rigged.port) as client:
+        client.send(frame(TEXT, b"x" * 50_000, fin=False) + frame(PING))  # what it sends itself does not count
+        assert client.read() == (PONG, b"")
+        narrowed = narrow(rigged)
+        message = "x" * (65_536 - 4)  # and a header of 4
+        for _ in range(16):
+            rigged.send_message(rigged.clients[0], message)
+        assert held(rigged) == (1 << 20) + 50_000
+        narrowed.room = 2 << 20
+        assert [client.read() for _ in range(16)] == [(TEXT, message.encode())] * 16
+        narrowed.room = 0
+        for _ in range(16):
+            rigged.send_message(rigged.clients[0], message)
+        assert len(rigged.clients) == 1
+        rigged.send_message(rigged.clients[0], "")
+        assert rigged.clients == []
+        assert held(rigged) == 0
+    assert dropped(rigged) == {"queue_full": 1}
+
+
+def test_nothing_follows_a_close_frame_that_waits_for_room(server: PriceServer, updates: Updates) -> None:
+    with RawClient(server.port, receive_buffer=4096) as client:
+        (known,) = server.clients
+        fill(server, client)
+        server.publish(updates(1.0))
+        known["handler"].send_close(1001, "server is stopping")
+        server.send_message_to_all("late")
+        known["handler"].send_close(1000, "twice")
+        server.publish(updates(2.0))
+        frames = list(parse(client.file.read()))
+    assert {opcode for opcode, _ in frames[:-1]} == {PONG}
+    assert frames[-1] == (CLOSE, b"\x03\xe9server is stopping")
+
+
+# Deadlines
+
+
+def test_the_limits_are_those_of_the_design() -> None:
+    assert connection.REQUEST_TIMEOUT == 10.0
+    assert (connection.DOWNLOAD_TIMEOUT, connection.DOWNLOAD_RATE) == (30.0, 8_192)
+    assert (connection.LINGER_TIMEOUT, connection.CLOSE_TIMEOUT) == (2.0, 5.0)
+    assert (connection.SLOW_CLIENT_TIMEOUT, connection.MESSAGE_TIMEOUT) == (30.0, 30.0)
+    assert (hub.MAX_QUEUE, hub.MAX_HELD, hub.RECOUNT_AFTER) == (1 << 20, 64 << 20, 16 << 20)
+    assert (hub.HEARTBEAT_INTERVAL, hub.MAX_UNANSWERED, hub.HOUSEKEEPING_INTERVAL) == (20.0, 3, 0.5)
+    assert (loop.BATCH_EVENTS, loop.BATCH_SECONDS, loop.CALL_TIMEOUT) == (256, 0.05, 10.0)
+    assert (transport.CLIENT_TURN, transport.VISITOR_TURN) == (512, 4_096)
+    assert PriceServer.request_queue_size == 1_024
+    assert MAX_MESSAGE == 65_536
+
+
+def half_a_request(server: RiggedServer) -> Callable[[], object]:
+    sock = visit(server.port, request()[:-2])
+    wait_for(lambda: connections(server) == 1)
+    return lambda: sock.sendall(b"X")
+
+
+def a_response_after_which_nobody_hangs_up(server: RiggedServer) -> Callable[[], object]:
+    sock = visit(server.port, get("/prices"))
+    assert read_all(sock).endswith(b"[]"), "ended with FIN"
+    return lambda: sock.sendall(b"X")
+
+
+def a_close_after_which_the_client_does_not_hang_up(server: RiggedServer) -> Callable[[], object]:
+    client = RawClient(server.port)
+    client.send(frame(CLOSE, b"\x03\xe8"))
+    assert client.read() == (CLOSE, b"\x03\xe8")
+    assert client.file.read() == b"", "the server hangs up first"
+    return lambda: client.send(frame(TEXT, b"X"))
+
+
+def an_event_stream_that_was_ended_and_does_not_hang_up(server: RiggedServer) -> Callable[[], object]:
+    sock = visit(server.port, get("/stream"))
+    wait_for(lambda: server.clients)
+    server.disconnect_clients_gracefully()
+    assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+    return lambda: sock.sendall(b"X")
+
+
+def a_denied_client_that_does_not_hang_up(server: RiggedServer) -> Callable[[], object]:
+    server.deny_new_connections()
+    client = RawClient(server.port)
+    assert client.read()[0] == CLOSE
+    return lambda: client.send(frame(TEXT, b"X"))
+
+
+def a_close_that_a_full_socket_does_not_take(server: RiggedServer) -> Callable[[], object]:
+    client, narrowed = RawClient(server.port), narrow(server)
+    server.disconnect_clients_gracefully()
+
+    def step() -> None:
+        narrowed.room = 1
+        client.send(frame(TEXT, b"X"))
+
+    return step
+
+
+def a_full_socket(server: RiggedServer) -> Callable[[], object]:
+    client, narrowed = RawClient(server.port), narrow(server)
+    server.publish([PriceUpdate("BTC", 1.0, "t")])
+
+    def step() -> None:
+        narrowed.room = 10
+        client.send(frame(PING))
+        server.publish([PriceUpdate("BTC", 2.0, "t")])
+
+    return step
+
+
+def a_full_socket_of_a_client_with_a_message_begun(server: RiggedServer) -> Callable[[], object]:
+    client = RawClient(server.port)
+    client.send(frame(TEXT, b"x", fin=False) + frame(PING))
+    assert client.read() == (PONG, b"")
+    narrow(server)
+    server.publish([PriceUpdate("BTC", 1.0, "t")])
+    return lambda: client.send(frame(CONT, b"y"))
+
+
+def an_unfinished_message(server: RiggedServer) -> Callable[[], object]:
+    client = RawClient(server.port)
+    client.send(frame(TEXT, b"x", fin=False) + frame(PING))
+    assert client.read() == (PONG, b"")
+    return lambda: client.send(frame(CONT, b"y", fin=False) + frame(PING))
+
+
+def an_unfinished_frame(server: RiggedServer) -> Callable[[], object]:
+    client = RawClient(server.port)
+    client.send(frame(PING) + frame(TEXT, b"x" * 100)[:50])
+    assert client.read() == (PONG, b"")
+    return lambda: client.send(b"y")
+
+
+@pytest.mark.parametrize("trickle", [False, True], ids=["", "trickle"])
+@pytest.mark.parametrize(
+    ("begin", "limit", "reason"),
+    [
+        (half_a_request, 10.0, ""),
+        (a_response_after_which_nobody_hangs_up, 2.0, ""),
+        (a_close_after_which_the_client_does_not_hang_up, 5.0, "no_close"),
+        (an_event_stream_that_was_ended_and_does_not_hang_up, 5.0, "no_close"),
+        (a_denied_client_that_does_not_hang_up, 5.0, ""),
+        (a_close_that_a_full_socket_does_not_take, 5.0, "no_close"),
+        (a_full_socket, 30.0, "behind"),
+        (a_full_socket_of_a_client_with_a_message_begun, 30.0, "behind"),
+        (an_unfinished_message, 30.0, "unfinished"),
+        (an_unfinished_frame, 30.0, "unfinished"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_server_waits_so_long_for(
+    timed: RiggedServer, begin: Callable[[RiggedServer], Callable[[], object]], limit: float, reason: str, trickle: bool
+) -> None:
+    step = begin(timed)  # which moves no deadline
+    call(timed, lambda: None)  # what the server does after its last send is done
+    for _ in range(3):
+        pass_time(timed, (limit - 0.5) / 3)
+        assert connections(timed) == 1
+        if trickle:
+            step()
+    pass_time(timed, 1.0)
+    assert connections(timed) == 0
+    assert dropped(timed) == ({reason: 1} if reason else {})
+    assert held(timed) == 0
+
+
+def test_a_client_behind_that_catches_up_in_time_may_fall_behind_again(timed: RiggedServer, updates: Updates) -> None:
+    with RawClient(timed.port) as client:
+        for price in range(1, 4):
+            narrowed = narrow(timed)
+            timed.publish(updates(price))
+            pass_time(timed, 19.0)
+            narrowed.room = 1 << 20
+            assert client.prices(10) == [(asset, price) for asset in ASSETS]
+            client.send(frame(PONG))
+            pass_time(timed, 19.0)
+        assert len(timed.clients) == 1
+
+
+def test_a_message_has_its_time_again_after_each_that_became_whole(timed: RiggedServer) -> None:
+    with RawClient(timed.port) as client:
+        message = frame(TEXT, b"x" * 100)
+        client.send(message[:50])
+        for _ in range(4):
+            pass_time(timed, 19.0)
+            client.send(message[50:] + frame(PING) + message[:50])
+            while client.read()[0] != PONG:
+                pass
+        client.send(message[50:])
+        pass_time(timed, 35.0)
+        assert len(timed.clients) == 1
+
+
+# Heartbeats
+
+
+def pings(client: RawClient) -> int:
+    """How many pings have arrived and nothing else."""
+    number = 0
+    while not client.hears_nothing():
+        assert client.read() == (PING, b"")
+        number += 1
+    return number
+
+
+def test_a_client_is_pinged_every_20_s_and_dropped_after_three_without_a_pong(timed: RiggedServer) -> None:
+    with RawClient(timed.port) as silent, RawClient(timed.port) as lively:
+        for _ in range(3):
+            for _ in range(4):
+                pass_time(timed, 4.9)
+                assert pings(silent) == pings(lively) == 0
+            pass_time(timed, 0.5)
+            assert pings(silent) == pings(lively) == 1
+            lively.send(frame(PONG))
+            silent.send(frame(TEXT, b"I am no pong"))
+            assert len(timed.clients) == 2
+        pass_time(timed, 20.0)
+        assert silent.file.read() == b"", "dropped without a fourth ping"
+        assert pings(lively) == 1
+        assert len(timed.clients) == 1
+    assert dropped(timed) == {"no_pong": 1}
+    assert sample(timed, "messages_sent_total") == 0, "a ping is no message"
+
+
+def test_300_clients_are_all_pinged_at_once_and_once_though_it_is_done_in_slices(timed: RiggedServer) -> None:
+    clients = [RawClient(timed.port) for _ in range(300)]
+    pass_time(timed, 20.5)
+    pass_time(timed, 1.0)
+    for client in clients:
+        assert pings(client) == 1
+        client.reset()
+
+
+def test_a_machine_that_slept_for_a_day_finds_its_clients_again(timed: RiggedServer) -> None:
+    with RawClient(timed.port) as client:
+        pass_time(timed, 86_400.0)
+        for _ in range(5):
+            pass_time(timed, 1.0)
+        assert pings(client) == 1, "what was slept through is not made up for"
+        assert len(timed.clients) == 1
+
+
+def test_a_client_that_hangs_up_without_a_close_is_gone_at_once(timed: RiggedServer) -> None:
+    with RawClient(timed.port) as client:
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.file.read() == b""
+        gone(timed)
+    RawClient(timed.port).reset()
+    gone(timed)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("end", [b"", frame(CLOSE, b"\x03\xe8"), frame(3)], ids=["server", "client", "violation"])
+def test_half_a_message_is_released_at_a_close_not_when_the_client_hangs_up(server: PriceServer, end: bytes) -> None:
+    with RawClient(server.port) as client:
+        client.send(frame(TEXT, b"x" * 50_000, fin=False))
+        wait_for_value(lambda: held(server), 50_000)
+        if end:
+            client.send(end)
+        else:
+            server.disconnect_clients_gracefully()
+        assert client.read()[0] == CLOSE
+        assert held(server) == 0
+        assert connections(server) == 1
+
+
+def test_what_visitors_and_clients_leave_unfinished_is_counted_and_given_back(server: PriceServer) -> None:
+    visitor = visit(server.port, b"GET /" + b"x" * 20_000)
+    wait_for_value(lambda: held(server), 20_005)
+    client = RawClient(server.port)
+    client.send(frame(TEXT, b"x" * 30_000, fin=False) + frame(CONT, b"x" * 30_000, fin=False))
+    wait_for_value(lambda: held(server), 80_005)
+    visitor.close()
+    wait_for_value(lambda: held(server), 60_000)
+    client.reset()
+    wait_for_value(lambda: held(server), 0)
+
+
+def test_past_the_bound_of_memory_the_largest_holder_goes_and_it_is_one_line(
+    rigged: RiggedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("price_server.hub.MAX_HELD", 300_000)
+    monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", 1_000)
+    with RawClient(rigged.port) as small, RawClient(rigged.port) as quiet, RawClient(rigged.port) as large:
+        message = frame(TEXT, b"x" * 60_000, fin=False)
+        last = rigged.clients[2]
+        narrow(rigged)
+        small.send(message)
+        wait_for_value(lambda: held(rigged), 60_000)
+        for _ in range(3):
+            rigged.send_message(last, "x" * 70_000)
+        assert len(rigged.clients) == 3
+        with visit(rigged.port, request()[:-2]) as visitor:
+            quiet.send(message)
+            assert large.file.read() == b""
+            wait_for_value(lambda: held(rigged), 120_000 + len(request()) - 2)
+            visitor.sendall(b"\r\n")
+            assert visitor.recv(12) == b"HTTP/1.1 101"
+            assert small.hears_nothing()
+            assert quiet.hears_nothing()
+    assert dropped(rigged) == {"memory": 1}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "over 300000 bytes are held for connections: the largest holders are dropped"
+    ]
+    wait_for(lambda: connections(rigged) == 0)
+    assert held(rigged) == 0
+
+
+def filled(start_server: Start, assets: tuple[str, ...]) -> PriceServer:
+    """A server whose history has a poll every 10 s for an hour."""
+    clock = Clock()
+    server = start_server(assets, wall_clock=clock)
+    for number in range(360):
+        clock.now += 10.0
+        server.publish([PriceUpdate(asset, 45_000.5 + number, "t") for asset in assets])
+    return server
+
+
+def never_read(server: PriceServer, stack: contextlib.ExitStack, requests: list[bytes]) -> None:
+    """Visitors that never read the response that waits for them."""
+    before = sample(server, 'http_responses_total{status="200"}')
+    for data in requests:
+        stack.enter_context(visit(server.port, data, receive_buffer=4096))
+    wait_for_value(lambda: sample(server, 'http_responses_total{status="200"}'), before + len(requests))
+
+
+def test_200_visitors_that_ask_for_the_past_and_never_read_hold_it_once(start_server: Start) -> None:
+    server = filled(start_server, ASSETS)
+    _, _, body = ask(server.port, get("/history"))
+    assert len(body) > 60_000
+    with contextlib.ExitStack() as stack:
+        never_read(server, stack, [get("/history")] * 200)
+        assert 10_000 < held(server) < len(body) + 200 * 1_000
+    wait_for(lambda: connections(server) == 0)
+    assert held(server) == 0
+
+
+def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:
+    assets = tuple(f"A{number:02}" for number in range(40))
+    server = filled(start_server, assets)
+    _, _, body = ask(server.port, get("/history"))
+    chance = random.Random(2)
+    subsets = [",".join(chance.sample(assets, 35)) for _ in range(100)]
+    with contextlib.ExitStack() as stack:
+        never_read(server, stack, [get(f"/history?assets={subset}") for subset in subsets])
+        assert 10_000 < held(server) < 1.1 * len(body) + 100 * 1_000
+
+
+def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_request(start_server: Start) -> None:
+    server = filled(start_server, ASSETS)
+    head = get("/history")[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(90)]) + b"\r\n"
+    with contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        never_read(server, stack, [head] * 30)
+        assert tracemalloc.get_traced_memory()[0] < 30 * len(head)
+
+
+def test_clients_of_many_subsets_of_the_assets_hold_no_copy_of_the_prices_each(start_server: Start) -> None:
+    assets = tuple(f"A{number:03}" for number in range(250))
+    updates = [PriceUpdate(asset, 1.0, "2026-11-22T07:44:05.1234567Z") for asset in assets]
+    server = start_server(assets)
+    server.publish(updates)
+    size = len(ask(server.port, get("/prices"))[2])
+    with contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for number in range(250):
+            subset = ",".join(assets[number:] + assets[: number // 2])[:1000].rpartition(",")[0]
+            stack.enter_context(visit(server.port, request(f"/ws?assets={subset}")))
+        wait_for(lambda: len(server.clients) == 250)
+        assert tracemalloc.get_traced_memory()[0] < 180 * size, "snapshots"
+        tracemalloc.reset_peak()
+        server.publish(updates)
+        assert tracemalloc.get_traced_memory()[1] < 180 * size, "what is joined in a fan-out"

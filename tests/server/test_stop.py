@@ -1,0 +1,325 @@
+"""Start and stop of a server."""
+
+import contextlib
+import errno
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+from raw import CLOSE, TEXT, RawClient, frame, get, honest, parse, read_all, request, visit
+from rigged import Blocked, RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value
+from running import ASSETS, run_script, wait_for
+from websockets.exceptions import ConnectionClosed
+
+from coin_api import PriceUpdate
+from price_server import PriceServer
+from price_server.loop import STOP_TIMEOUT
+
+pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
+
+Start = Callable[..., PriceServer]
+Updates = Callable[[float], list[PriceUpdate]]
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        (lambda server: server.shutdown_gracefully(), 1000),
+        (lambda server: server.shutdown_gracefully(1001, b"server is stopping"), 1001),
+        (lambda server: server.shutdown(), 1001),
+        (lambda server: server.server_close(), 1001),
+        (lambda server: server.shutdown_abruptly(), None),
+    ],
+    ids=["gracefully", "with a reason", "shutdown", "server_close", "abruptly"],
+)
+def test_a_shutdown_ends_clients_port_threads_and_files(
+    start_server: Start, stop: Callable[[PriceServer], None], code: int | None
+) -> None:
+    process = psutil.Process()
+    files, threads = process.num_fds(), threading.active_count()
+    server = start_server()
+    left: list[int] = []
+    server.set_fn_client_left(lambda client, server: left.append(client["id"]))
+    with honest(server) as client, RawClient(server.port), visit(server.port, get("/stream")):
+        wait_for(lambda: len(server.clients) == 3)
+        stop(server)
+        server.thread.join(10)  # on a slow machine
+        assert server.has_ended
+        assert server.clients == []
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=5)
+        assert (closed.value.rcvd.code if closed.value.rcvd else None) == code
+    assert sorted(left) == [1, 2, 3]
+    with pytest.raises(ConnectionRefusedError):
+        visit(server.port)
+    wait_for(lambda: threading.active_count() <= threads, what="threads ended")
+    wait_for(lambda: process.num_fds() <= files, what="files closed")
+    with pytest.raises(RuntimeError, match="has run already"):
+        server.run_forever()
+
+
+@pytest.mark.parametrize("response_first", [True, False])
+def test_a_stop_waits_for_the_closes_and_for_responses_under_way_and_for_nothing_else(
+    timed: RiggedServer, monkeypatch: pytest.MonkeyPatch, response_first: bool
+) -> None:
+    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 20.0)
+    came: list[str] = []
+    timed.set_fn_new_client(lambda client, server: came.append("came"))
+    with RawClient(timed.port) as client, contextlib.ExitStack() as stack:
+        half = stack.enter_context(visit(timed.port, request()[:-2]))
+        wait_for_value(lambda: connections(timed), 2)
+        timed.listener.room = 0
+        taking = stack.enter_context(visit(timed.port, get("/prices")))
+        wait_for_value(lambda: sample(timed, 'http_responses_total{status="200"}'), 1)
+        thread = in_thread(lambda: timed.shutdown_gracefully(1001, b"server is stopping"))
+        assert client.read() == (CLOSE, b"\x03\xe9server is stopping")
+        assert half.recv(1) == b"", "half a request is not waited for"
+        with pytest.raises(ConnectionRefusedError):
+            visit(timed.port)
+        timed.publish([PriceUpdate("BTC", 1.0, "t")])
+        timed.send_message_to_all("late")
+
+        def take_response() -> None:
+            timed.listener.accepted[-1].room = 1 << 20
+            assert read_all(taking).endswith(b"\r\n\r\n[]")
+            taking.close()
+
+        if response_first:
+            take_response()
+            wait_for_value(lambda: connections(timed), 1)
+        client.send(frame(CLOSE, b"\x03\xe9"))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.file.read() == b""
+        if not response_first:
+            wait_for(lambda: not timed.clients)
+            take_response()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert came == ["came"]
+
+
+def test_a_stop_waits_one_second_for_those_that_do_not_hang_up_whatever_the_clock_says(timed: RiggedServer) -> None:
+    assert STOP_TIMEOUT == 1.0  # shorter in these tests
+    with RawClient(timed.port) as silent, RawClient(timed.port) as stuck:
+        narrow(timed)
+        timed.shutdown_gracefully()
+        timed.thread.join(10)  # on a slow machine
+        assert timed.has_ended
+        assert silent.read() == (CLOSE, b"\x03\xe8")
+        assert silent.file.read() == b""
+        assert stuck.file.read() == b""
+
+
+def test_a_stop_goes_before_the_functions_that_wait(server: PriceServer) -> None:
+    with RawClient(server.port) as client:
+        with Blocked(server):
+            thread = in_thread(lambda: server.send_message_to_all("late"))
+            wait_for_calls(server, 1)
+            server.shutdown_gracefully(1001, b"as told")
+            assert not server.has_ended, "it waits no longer"
+        assert client.read_close() == 1001
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 30.0)  # not waited for: the client hangs up
+    returned: list[bool] = []
+
+    def stop(client: dict[str, Any], server: PriceServer, message: str) -> None:
+        server.shutdown_gracefully(1001, b"as told")
+        returned.append(server.has_ended)
+
+    server.set_fn_message_received(stop)
+    with honest(server) as client:
+        client.send("stop")
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=5)
+        assert closed.value.rcvd
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "as told")
+    server.thread.join(10)
+    assert (server.has_ended, returned) == (True, [False])
+
+
+def test_a_stop_from_client_left_goes_before_the_next_callback(server: PriceServer) -> None:
+    order: list[str] = []
+
+    def leave(*_: object) -> None:
+        try:
+            visit(server.port).close()
+            order.append("left")
+        except ConnectionRefusedError:
+            order.append("left after the stop began")
+        server.shutdown_gracefully()
+
+    server.set_fn_client_left(leave)
+    with RawClient(server.port), RawClient(server.port):
+        server.disconnect_clients_abruptly()
+        server.thread.join(10)
+    assert order == ["left", "left after the stop began"]
+
+
+def test_a_server_whose_thread_ends_unasked_says_so_and_releases_all_that_wait(
+    rigged: RiggedServer, updates: Updates, errors: list[str]
+) -> None:
+    released: list[str] = []
+
+    def break_down() -> None:
+        raise RuntimeError("the loop is broken")
+
+    with RawClient(rigged.port) as client:
+        with Blocked(rigged):
+            threads = [
+                in_thread(lambda: released.append(f"publish {rigged.publish(updates(1.0))[0]}")),
+                in_thread(lambda: released.append(f"send {rigged.send_message_to_all('x')}")),
+            ]
+            wait_for_calls(rigged, 2)
+            rigged.listener.accept = break_down  # type: ignore[method-assign, assignment]
+        for thread in threads:
+            thread.join(10)
+        rigged.thread.join(10)
+        assert sorted(released) == ["publish BTC", "send None"]
+        assert rigged.has_ended
+        list(parse(client.file.read()))
+    rigged.publish(updates(2.0))
+    assert rigged.clients == []
+    assert errors == ["the server thread failed"]
+    errors.clear()
+
+
+def test_a_start_that_fails_inside_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch, errors: list[str]) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    server = PriceServer(ASSETS)
+    monkeypatch.setattr(selectors.DefaultSelector, "select", fail)
+    thread = in_thread(lambda: server.run_forever(threaded=True))
+    thread.join(10)
+    assert not thread.is_alive()
+    server.thread.join(10)
+    assert server.has_ended
+    with pytest.raises(ConnectionRefusedError):
+        visit(server.port)
+    assert errors == ["the server thread failed"]
+    errors.clear()
+
+
+def test_a_start_that_fails_before_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = PriceServer(ASSETS)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="new thread"):
+        server.run_forever(threaded=True)
+    server.shutdown_gracefully()
+    assert server.has_ended
+
+
+def test_a_server_that_never_ran_lets_go_of_its_port_and_files(updates: Updates) -> None:
+    process = psutil.Process()
+    files, threads = process.num_fds(), threading.active_count()
+    for stop in (PriceServer.shutdown_gracefully, PriceServer.shutdown_abruptly, PriceServer.server_close):
+        server = PriceServer(ASSETS)
+        stop(server)
+        assert server.has_ended
+        server.publish(updates(1.0))
+        with pytest.raises(ConnectionRefusedError):
+            visit(server.port)
+    assert (process.num_fds(), threading.active_count()) == (files, threads)
+
+
+def test_a_server_that_was_stopped_does_not_start_and_is_stopped_again_at_once(server: PriceServer) -> None:
+    never_ran = PriceServer(ASSETS)
+    for each in (never_ran, server):
+        each.shutdown_gracefully()
+        each.server_close()
+        with pytest.raises(RuntimeError, match="make another"):
+            each.run_forever(threaded=True)
+
+
+def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_behind(server: PriceServer) -> None:
+    process = psutil.Process()
+    files, threads = process.num_fds(), threading.active_count()
+    with pytest.raises(OSError, match="in use"):
+        PriceServer(ASSETS, port=server.port)
+    assert (process.num_fds(), threading.active_count()) == (files, threads)
+
+
+def test_a_server_for_which_there_is_no_selector_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(selectors, "DefaultSelector", none_left)
+    with pytest.raises(OSError, match="Too many"):  # not in the thread, where run_forever would wait for it for ever
+        PriceServer(ASSETS)
+
+
+# In the foreground
+
+
+def test_a_foreground_run_stops_at_an_interrupt_and_puts_the_handler_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    during: list[object] = []
+
+    def stop(client: dict[str, Any], server: PriceServer, message: str) -> None:
+        during.append(signal.getsignal(signal.SIGINT))
+        server.shutdown_gracefully()
+
+    server = PriceServer(ASSETS)
+    server.set_fn_message_received(stop)
+    in_thread(lambda: RawClient(server.port, after=frame(TEXT, b"stop")))
+    server.run_forever()
+    assert server.has_ended
+    assert during != [before]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+FOREGROUND = """
+import time
+from price_server import PriceServer
+server = PriceServer(("BTC",))
+server.set_fn_message_received(lambda client, server, message: print("blocking") or time.sleep(30))
+print(server.port)
+server.run_forever()
+print(server.has_ended, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_control_c_in_a_foreground_run_forever_is_a_stop() -> None:
+    with run_script(FOREGROUND) as process:
+        assert process.stdout
+        with RawClient(int(process.stdout.readline())) as client:
+            process.send_signal(signal.SIGINT)
+            assert client.read() == (CLOSE, b"\x03\xe9server is stopping")
+        assert process.communicate(timeout=10) == ("True True\n", "")
+        assert process.returncode == 0
+
+
+def test_a_second_control_c_ends_what_blocks() -> None:
+    with run_script(FOREGROUND) as process:
+        assert process.stdout
+        with RawClient(int(process.stdout.readline())) as client:
+            client.send(frame(TEXT, b"x"))
+            assert process.stdout.readline() == "blocking\n"
+            process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 10
+            while process.poll() is None and time.monotonic() < deadline:
+                process.send_signal(signal.SIGINT)  # the first may not have been met yet
+                time.sleep(0.05)
+            assert process.poll() is not None
+            process.communicate()
+
+
+def test_a_program_that_forgets_to_stop_its_server_still_ends() -> None:
+    script = "from price_server import PriceServer\nPriceServer(('BTC',)).run_forever(threaded=True)\nprint('end')"
+    with run_script(script) as process:
+        assert process.communicate(timeout=10) == ("end\n", "")

@@ -1,0 +1,156 @@
+"""prices: what a sound price is, the latest ones, and their messages in each format."""
+
+import json
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from price_server.formats import EventStreamFormat
+from price_server.prices import Feed, Prices, split_sound
+
+TIME = "2026-11-22T07:44:05.1234567Z"
+
+
+class Price(NamedTuple):
+    asset_id: Any
+    price: Any
+    time: Any = TIME
+
+    def to_json(self) -> str:
+        return json.dumps([self.asset_id, self.price], separators=(",", ":"))
+
+
+def test_sound_prices_are_kept_as_they_came() -> None:
+    updates = [Price("ETH", 2500.5), Price("BTC", 45_000), Price("XRP", 5e-324), Price("ADA", 1.7e308, "")]
+    assert split_sound(iter(updates), ("BTC", "ETH", "XRP", "ADA")) == (
+        {"ETH": updates[0], "BTC": updates[1], "XRP": updates[2], "ADA": updates[3]},
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("price", "fault"),
+    [
+        (float("nan"), "price nan"),
+        (float("inf"), "price inf"),
+        (float("-inf"), "price -inf"),
+        (0, "price 0"),
+        (0.0, "price 0"),
+        (-0.0, "price -0"),
+        (-1.23456789, "price -1.23457"),
+        (10**400, "price inf"),
+        (2**1023, "price inf"),
+        (True, "price 'True' is not a number"),
+        (False, "price 'False' is not a number"),
+        (None, "price 'None' is not a number"),
+        ("45000", "price '45000' is not a number"),
+        (1j, "price '1j' is not a number"),
+        (["x" * 99], f'price "[\'{"x" * 38}" is not a number'),
+    ],
+)
+def test_a_price_that_is_not_a_finite_number_above_0_is_not_sound(price: object, fault: str) -> None:
+    assert split_sound([Price("BTC", price), Price("ETH", 1)], ("BTC", "ETH")) == (
+        {"ETH": ("ETH", 1, TIME)},
+        {"BTC": fault},
+    )
+
+
+@pytest.mark.parametrize(
+    ("time", "fault"), [(None, "time 'None' is not a text"), (12 * 10**39, f"time '12{'0' * 38}' is not a text")]
+)
+def test_a_time_that_is_not_a_text_is_not_sound(time: object, fault: str) -> None:
+    assert split_sound([Price("BTC", 2**1022, time)], ("BTC",)) == ({}, {"BTC": fault})
+
+
+@pytest.mark.parametrize(
+    ("asset_id", "name"), [("DOGE", "DOGE"), ("btc", "btc"), (None, "None"), ([], "[]"), ("x" * 99, "x" * 40)]
+)
+def test_an_asset_that_is_not_tracked_is_not_sound(asset_id: object, name: str) -> None:
+    assert split_sound([Price(asset_id, None)], ("BTC", "ETH")) == ({}, {name: "not tracked"})
+
+
+@pytest.mark.parametrize(
+    ("update", "name", "fault"),
+    [
+        (None, "(NoneType)", "AttributeError"),
+        (SimpleNamespace(asset_id="BTC"), "BTC", "AttributeError"),
+        (SimpleNamespace(asset_id="BTC", price=1, time=TIME, to_json=lambda: 1 // 0), "BTC", "ZeroDivisionError"),
+        (SimpleNamespace(asset_id="BTC", price=1, time=TIME, to_json=lambda: b""), "BTC", "to_json() is not a text"),
+        (SimpleNamespace(asset_id="B\nTC", price=1), "B?TC", "not tracked"),
+    ],
+)
+def test_what_is_no_update_costs_the_others_nothing(update: Any, name: str, fault: str) -> None:
+    assert split_sound([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": ("ETH", 1, TIME)}, {name: fault})
+
+
+def test_an_asset_that_comes_twice_has_its_last_sound_price() -> None:
+    updates = [Price("BTC", 0), Price("BTC", 1), Price("BTC", 2), Price("BTC", None)]
+    assert split_sound(updates, {"BTC"}) == ({"BTC": updates[2]}, {})
+
+
+# The latest prices
+
+
+def make_prices(*updates: Price) -> Prices:
+    prices = Prices(["BTC", "ETH", "XRP"])
+    prices.remember({update.asset_id: update for update in updates})
+    return prices
+
+
+def test_there_are_no_prices_before_the_first_poll() -> None:
+    prices = Prices(["BTC", "ETH"])
+    assert (prices.assets, prices.latest, prices.texts) == (("BTC", "ETH"), {}, {})
+    assert [(name, feed.messages, feed.snapshot(("BTC",))) for name, feed in prices.feeds.items()] == [
+        ("websocket", {}, b""),
+        ("event_stream", {}, b""),
+    ]
+
+
+def test_prices_are_in_the_order_tracked_and_stay_until_a_new_one_comes() -> None:
+    prices = make_prices(Price("XRP", 3), Price("BTC", 1))
+    prices.remember({"ETH": Price("ETH", 2), "XRP": Price("XRP", 4)})
+    assert list(prices.latest.items()) == [
+        *(("BTC", ("BTC", 1, TIME)), ("ETH", ("ETH", 2, TIME)), ("XRP", ("XRP", 4, TIME)))
+    ]
+    assert list(prices.texts.items()) == [("BTC", '["BTC",1]'), ("ETH", '["ETH",2]'), ("XRP", '["XRP",4]')]
+    assert list(prices.feeds["websocket"].messages.items()) == [
+        *(("BTC", b'\x81\x09["BTC",1]'), ("ETH", b'\x81\x09["ETH",2]'), ("XRP", b'\x81\x09["XRP",4]'))
+    ]
+    assert list(prices.feeds["event_stream"].messages.values()) == [
+        *(b'data: ["BTC",1]\n\n', b'data: ["ETH",2]\n\n', b'data: ["XRP",4]\n\n')
+    ]
+
+
+def test_a_snapshot_has_the_prices_known_so_far_and_is_never_old() -> None:
+    prices = make_prices(Price("XRP", 3), Price("BTC", 1))
+    feed = prices.feeds["event_stream"]
+    assert feed.snapshot(("BTC", "ETH", "XRP")) == b'data: ["BTC",1]\n\ndata: ["XRP",3]\n\n'
+    assert feed.snapshot(("ETH",)) == feed.snapshot(()) == b""
+    prices.remember({"ETH": Price("ETH", 2)})
+    assert feed.snapshot(("ETH", "XRP")) == b'data: ["ETH",2]\n\ndata: ["XRP",3]\n\n'
+    assert feed.snapshot(("ETH",)) == b'data: ["ETH",2]\n\n'
+
+
+def test_snapshots_of_100_sets_of_assets_are_kept() -> None:
+    feed = Feed(EventStreamFormat())
+    feed.update({f"A{number}": b"x" for number in range(200)})
+    first = feed.snapshot(("A0", "A1"))
+    for number in range(99):
+        feed.snapshot((f"A{number}", "A199"))
+    assert feed.snapshot(("A0", "A1")) is first
+    feed.snapshot(("A2", "A3"))
+    assert feed.snapshot(("A0", "A1")) is not first
+
+
+def test_assets_are_chosen_in_any_case_and_in_the_order_tracked() -> None:
+    prices = make_prices()
+    assert prices.choose(["xrp", " Btc ", "XRP"]) == ("BTC", "XRP")
+    assert prices.choose([]) == ()
+
+
+def test_an_unknown_asset_is_named_with_what_there_is() -> None:
+    prices = make_prices()
+    with pytest.raises(ValueError, match=r"^unknown asset 'CAT': this server tracks BTC, ETH, XRP$"):
+        prices.choose(["BTC", "doge", "cat"])
+    assert prices.unknown("x" * 99) == f"unknown asset '{'x' * 40}': this server tracks BTC, ETH, XRP"
