@@ -94,6 +94,7 @@ export class Table {
   filter(text) {
     this.#filter = text;
     for (const row of this.rows) row.tr.hidden = row.isFilteredOut = !row.asset.includes(text.trim().toUpperCase());
+    byId('unmatched').hidden = !this.rows.length || this.shown.length > 0;
     this.on.arranged();
   }
 
