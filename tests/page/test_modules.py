@@ -14,8 +14,8 @@ PAGE = ROOT / "price_server/page"
 MODULES = sorted(PAGE.glob("*.js"))
 # Younger than Safari 16, Chrome 108 and Firefox 115.
 TOO_YOUNG = (
-    r"AbortSignal\.(any|timeout)|\.to(Sorted|Reversed|Spliced)\(|\.aria[A-Z]\w+ =|Object\.groupBy|withResolvers|canParse"
-    r"|fromAsync|requestIdleCallback|\(\?<|static \{|scheduler\.|checkVisibility|:has\(|color-mix|^\s+&"
+    r"AbortSignal\.(any|timeout)|\.to(Sorted|Reversed|Spliced)\(|\.aria[A-Z]\w+ =|Object\.groupBy|canParse"
+    r"|fromAsync|withResolvers|requestIdleCallback|\(\?<|static \{|scheduler\.|checkVisibility|:has\(|color-mix|^\s+&"
 )
 
 
