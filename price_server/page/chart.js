@@ -16,6 +16,26 @@ const TIME_WIDTH = 90;  // pixels that a time on the axis of a single chart take
 export class Charts {
   #queue = [];
   #timer = 0;
+  #rows = new Map();  // by their elements
+  #observer = new IntersectionObserver((entries) => this.#move(entries), { rootMargin: '50%' });
+
+  // onNear(): rows came near to what is in sight, and are to be drawn.
+  constructor(onNear) {
+    this.onNear = onNear;
+  }
+
+  watch(rows) {
+    this.#rows = new Map(rows.map((row) => [row.tr, row]));
+    for (const tr of this.#rows.keys()) this.#observer.observe(tr);
+  }
+
+  #move(entries) {
+    for (const { target, isIntersecting } of entries) {
+      const row = this.#rows.get(target);
+      if (row) row.isFar = !isIntersecting;
+    }
+    if (entries.some(({ isIntersecting }) => isIntersecting)) this.onNear();
+  }
 
   // view: rows, range, polled, stale: seconds after which prices are, interval, drawn()
   draw(view) {
@@ -32,9 +52,9 @@ export class Charts {
     setText(byId('to'), formatTime(end, now()));
     clearTimeout(this.#timer);
     const gap = 1.5 * range.step + stale;  // a line across it would show prices that nobody knew
-    const isAlone = rows.length === 1;
-    this.#queue = rows.filter((row) => !row.isFilteredOut)
-      .map((row) => () => drawChart(row, { start, end, gap, late: oldest + late, isAlone }));
+    const scale = { start, end, gap, late: oldest + late, isAlone: rows.length === 1 };
+    for (const row of rows) setScale(row, scale);
+    this.#queue = rows.filter((row) => !row.isFar || !row.isDrawn).map((row) => () => drawChart(row, scale));
     this.#queue.push(view.drawn);
     this.#drawSlice();
   }
@@ -47,12 +67,18 @@ export class Charts {
   }
 }
 
-function drawChart(row, { start, end, gap, late, isAlone }) {
-  const { points, parts } = row;
-  let low = Infinity, high = -Infinity, line = '', area = '', before = -Infinity;
+function setScale(row, { start, end }) {
+  const { points } = row;
+  let low = Infinity, high = -Infinity;
   for (const [, price] of points) [low, high] = [Math.min(low, price), Math.max(high, price)];
   const height = Math.max(high - low, FLATTEST * high), top = (high + low + height) / 2;
   Object.assign(row, { start, end, low, high, top, height, base: points.length > 1 ? points[0] : null });
+}
+
+function drawChart(row, { start, gap, late, isAlone }) {
+  const { points, parts } = row;
+  let line = '', area = '', before = -Infinity;
+  row.isDrawn = points.length > 0;
   const ground = points.length ? yOf(row, points[0][1]) : '';
   for (const [time, price] of points) {
     const at = `${xOf(row, time)} ${yOf(row, price)}`, isNew = time - before > gap;

@@ -29,10 +29,7 @@ export class Feed {
 
   // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
   // isNew: of a poll just made; isGap: the first after a while without.
-  constructor(wanted, on) {
-    this.wanted = wanted;
-    this.on = on;
-  }
+  constructor(wanted, on) { Object.assign(this, { wanted, on }); }
 
   get query() { return this.only && `?assets=${this.only}`; }
   get isFull() { return this.health.clients >= this.health.max_clients; }
@@ -127,8 +124,8 @@ export class Feed {
     this.on.changed();
   }
 
-  // At /healthz, beside each attempt: a server that was restarted may differ. Again when the feed is silent: the server
-  // has no prices, the network is gone without a word, or the computer slept. The last two need a new connection.
+  // At /healthz, beside each attempt, as a server that was restarted may differ; and when the feed is silent: there are no
+  // prices, the network is gone without a word, or the computer slept. The last two need a new connection.
   async look() {
     const attempt = this.#attempt, { answered } = this, asked = Date.now();
     this.#looked = Infinity;

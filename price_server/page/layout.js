@@ -31,7 +31,8 @@ function fit(rows) {
   body.classList.toggle('tight', body.clientWidth < TIGHT * rem);
   setChartHeight(lowest);
   if (count && count <= MEASURED) {
-    const free = (innerHeight - Math.ceil(body.getBoundingClientRect().height)) / count;
+    // A pixel less: browsers round the height of each row, and the page would scroll.
+    const free = (innerHeight - Math.ceil(body.getBoundingClientRect().height)) / count - 1;
     setChartHeight(Math.min(Math.max(lowest + free, lowest), HIGHEST[kind] * rem));
   }
   keepInSight(root, rem);

@@ -6,33 +6,29 @@ import { Charts } from './chart.js';
 import { hasSlept, now, steady } from './clock.js';
 import { byId, setText } from './dom.js';
 import { Feed } from './feed.js';
-import { formatAge, formatTime } from './format.js';
+import { formatAge } from './format.js';
 import { addPoint, chooseRange, Past, takePast } from './history.js';
 import { fitSoon, showFilter } from './layout.js';
 import { socketAddress } from './line.js';
 import { setReading, startReading } from './reading.js';
+import { showState, stateOf, titleOf } from './state.js';
 import { Table } from './table.js';
 
 const HIDDEN = 600;  // seconds that a hidden page keeps a server polling that would rather pause
 const DRAW = 5;  // seconds between two drawings of the charts
-const STATES = {  // as the page says it, and how its title begins
-  connecting: ['Connecting …'], starting: ['Waiting for the first prices'], live: ['Live'], stale: ['Stale', 'STALE '],
-  lost: ['Connection lost, reconnecting', 'LOST '], full: ['The server is full', 'FULL '],
-  blocked: ['No live prices', 'NOT LIVE '], paused: ['Paused', 'PAUSED '] };
 
 const feed = new Feed(address.wanted, {
   price: receive, health: takeHealth, changed: refresh, slept: beginAnew,
   opened: () => { past.askSoon(); refresh(); } });
 const table = new Table({
-  arranged: () => { showFilter(table.rows.length); fitSoon(() => table.shown); },
+  arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fitSoon(() => table.shown); },
+  shown: showTitle,
   tint: () => feed.health?.interval_seconds ?? Infinity });
-const past = new Past(), charts = new Charts(), bells = new Bells(table);
-let state = '', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;  // by steady()
+const past = new Past(), charts = new Charts(() => refresh(true)), bells = new Bells(table);
+let state = 'connecting', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;  // by steady()
 
 const age = () => Math.max(now() - feed.polled, 0);
 const staleAfter = () => feed.health?.stale_after_seconds ?? Infinity;
-
-/* What comes */
 
 function receive({ asset_id: asset, price, time }, { at, isNew, isGap }) {
   if (!feed.health && !table.find(asset)) unknown.add(asset);
@@ -105,33 +101,23 @@ async function loadPast() {
 
 /* The state, once a second and when something happened */
 
-function stateNow() {
-  if (!feed.isServed) return feed.phase === 'paused' ? 'paused' : feed.trouble;
-  if (feed.health?.age_seconds === null && !table.rows.some(({ asset }) => feed.hasSeen(asset))) {
-    return 'starting';
-  };
-  if (age() === Infinity) return 'connecting';
-  return age() > staleAfter() ? 'stale' : 'live';
-}
-
 function refresh(drawNow = false) {
   const { health } = feed;
   // The prices that a connection begins with are as old as /healthz says.
   if (feed.isServed && feed.answered) feed.polled = Math.max(feed.polled, health.polled);
   loadPast();
-  state = stateNow();
-  const [text, mark = health?.source === 'demo' ? 'DEMO ' : ''] = STATES[state], [top] = table.rows;
-  document.body.dataset.state = state;
+  state = stateOf(feed, table.rows, age() > staleAfter());
   byId('rows').setAttribute('aria-busy', String(past.range?.name !== past.chosen?.name));
-  setText(byId('state'), text);
-  const since = age() < 600 ? '' : `, of ${formatTime(feed.polled, now())}`;
-  setText(byId('age'), age() < Infinity ? `prices ${formatAge(age())} old${since}` : '');
-  setText(byId('error'), health?.last_error ? `Last error: ${health.last_error}` : '');
+  showState(state, health, age(), feed.polled);
   if (state === 'live' && feed.answered) checkAlerts();
   if (document.hidden) table.flush();
-  document.title = bells.unseen + mark + (top?.price ? `${top.parts.price.textContent} ${top.asset}` : 'Prices');
+  showTitle();
   const isDue = drawNow || steady() - drawn >= DRAW;
   if (isDue && health && past.range && !document.hidden && age() < Infinity) draw();
+}
+
+function showTitle() {
+  document.title = titleOf(state, bells.unseen, feed.health?.source === 'demo', table.rows[0]);
 }
 
 function draw() {
@@ -197,10 +183,7 @@ function start() {
   byId('loading').remove();
   setText(byId('feed'), socketAddress(document.baseURI));
   document.addEventListener('click', click);
-  byId('filter').addEventListener('input', ({ target }) => {
-    table.filter(target.value);
-    byId('unmatched').hidden = table.shown.length > 0;
-  });
+  byId('filter').addEventListener('input', ({ target }) => table.filter(target.value));
   startReading(table, byId('rows'));
   for (const type of ['online', 'offline', 'visibilitychange']) addEventListener(type, wake);
   // Back and forward: a browser may hold the page as it was, but not with an open connection.

@@ -55,7 +55,7 @@ export class Table {
   #by = '';
   #way = 1;
 
-  // on: arranged(), tint(): the interval in seconds
+  // on: arranged(), shown(), tint(): the interval in seconds
   constructor(on) {
     this.on = on;
     const [, sign, by] = /^(-?)(asset|price|change)$/.exec(address.get('sort')) ?? [];
@@ -94,6 +94,7 @@ export class Table {
   filter(text) {
     this.#filter = text;
     for (const row of this.rows) row.tr.hidden = row.isFilteredOut = !row.asset.includes(text.trim().toUpperCase());
+    byId('unmatched').hidden = !this.rows.length || this.shown.length > 0;
     this.on.arranged();
   }
 
@@ -138,6 +139,7 @@ export class Table {
   flush() {
     for (const row of this.#changed) this.#show(row);
     this.#changed.clear();
+    this.on.shown();
   }
 
   #show(row) {

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 
 import pytest
 from running import outside, wait_for
@@ -133,6 +134,7 @@ class Line(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), LineHandler)
         self.to, self.port = server.port, int(self.server_address[1])
         self.rates: dict[str, int | None] = {}
+        self.late: dict[str, float] = {}  # seconds that an answer comes late, by what a path starts with
         self.frozen, self.cut_off = threading.Event(), threading.Event()  # for the connections so far
 
     def freeze(self) -> None:
@@ -156,6 +158,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         self.frozen, self.cut_off = self.server.frozen, self.server.cut_off
         head: bytes = self.request.recv(65536)
         path = head.decode().partition(" ")[2].partition(" ")[0]
+        self.cut_off.wait(next((late for start, late in self.server.late.items() if path.startswith(start)), 0))
         rate = next((rate for start, rate in self.server.rates.items() if path.startswith(start)), 1 << 30)
         if rate is None:
             self.request.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
@@ -184,24 +187,34 @@ class Clock:
         self.ahead = ahead
 
     def options(self) -> dict[str, Callable[[], float]]:
-        return {"clock": lambda: time.monotonic() + self.ahead, "wall_clock": lambda: time.time() + self.ahead}
+        return {"age_clock": lambda: time.monotonic() + self.ahead, "wall_clock": lambda: time.time() + self.ahead}
 
 
 def record(server: PriceServer, seconds: int, step: int, price: Callable[[int], float] = lambda age: 100.0) -> None:
     """A past of so many seconds for each asset, `price` by its age."""
-    now = server.wall_clock()
+    now = server._wall_clock()
+    past = [(now - age, json.dumps(price(age))) for age in range(seconds, 0, -step)]
+    remember(server, *((at, dict.fromkeys(server.assets, text)) for at, text in past))
+
+
+def remember(server: PriceServer, *points: tuple[float, dict[str, str]]) -> None:
+    """These prices, as JSON, at these times."""
 
     def add() -> None:
-        for age in range(seconds, 0, -step):
-            server.history.add(dict.fromkeys(server.assets, json.dumps(price(age))), now - age)
+        for at, texts in points:
+            server._history.add(texts, at)
 
-    server.call(add)
+    server._loop.call(add)
 
 
 def prices(server: PriceServer, price: float, **others: float) -> None:
     """One poll: all assets at this price, but for the `others`."""
-    time = "2026-11-22T07:44:05.1234567Z"
-    server.publish([PriceUpdate(asset, others.get(asset, price), time) for asset in server.assets])
+    server.publish([PriceUpdate(asset, others.get(asset, price), time_of(server)) for asset in server.assets])
+
+
+def time_of(server: PriceServer, ahead: float = 0.0) -> str:
+    """CoinAPI's time of a price that comes now, by this server's clock; it lags by half a minute."""
+    return datetime.fromtimestamp(server._wall_clock() - 30 + ahead, UTC).strftime("%Y-%m-%dT%H:%M:%S.1234567Z")
 
 
 @pytest.fixture(scope="module")
