@@ -128,8 +128,11 @@ class Child:
 
     def _listen(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            self.lines.put(line)
+        try:
+            for line in self.process.stdout:
+                self.lines.put(line)
+        except ValueError:
+            pass  # the run is over, and closed it
         self.lines.put("")
 
     def ask(self, line: str, seconds: float = ROUND_TIMEOUT + 10) -> dict[str, Any]:

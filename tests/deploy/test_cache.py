@@ -77,9 +77,10 @@ def test_three_trackers_cost_one_request_per_interval(coin_api: StandIn, cache: 
             time.sleep(0.1)
             assert time.monotonic() - start < 20, "ten polls by each"
         requests = coin_api.requests[earlier:]
+        seconds = time.monotonic() - start
     assert len(intervals) > 1
-    # The last interval may be seen by some of them only.
-    assert len(requests) in (10, 11), cache.errors()
+    # One a second, however late the trackers ask; the first and the last interval may be seen by some of them only.
+    assert 10 <= len(requests) <= seconds + 2, cache.errors()
     for request in requests:
         assert request.path == "/v1/exchangerate/USD"
         assert request.headers.get_all("X-CoinAPI-Key") == [KEY]
