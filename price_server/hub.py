@@ -174,7 +174,9 @@ class Hub:
             self._status.refused[response.refused] += 1
             if response.refused == "full":
                 self._log.warn("full", f"full, clients connected: {len(self.clients)}; the next ones get 503")
-        self._let_leave(connection, chain((response.head,), response.body), DOWNLOAD_TIMEOUT)
+        body = response.body
+        pieces = [response.head, *body] if isinstance(body, list) else chain((response.head,), body)
+        self._let_leave(connection, pieces, DOWNLOAD_TIMEOUT)
 
     def _let_leave(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
         """Send a visitor its last bytes."""

@@ -43,9 +43,16 @@ class Outbox:
             self._uncounted += len(piece)
 
     def finish_with(self, pieces: Iterable[bytes]) -> None:
-        """Add the last bytes; after what is partially sent, nothing else goes out. `pieces` is read as it is sent."""
+        """Add the last bytes: nothing follows them, and no stale price goes before them.
+
+        A list is added whole; any other iterable is read as it is sent.
+        """
         self.stale_assets = ()
-        self._upcoming = iter(pieces)
+        if isinstance(pieces, list):
+            for piece in pieces:
+                self.enqueue(piece)
+        else:
+            self._upcoming = iter(pieces)
         self._take_upcoming()
 
     def mark_stale(self, assets: Iterable[str]) -> None:

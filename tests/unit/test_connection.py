@@ -417,8 +417,10 @@ def test_a_message_of_a_client_that_is_behind_is_not_read_so_being_behind_is_the
 
 
 def test_a_response_has_30_seconds_and_one_more_for_each_8_kib_of_it() -> None:
-    visitor = Connection(now=0)
-    visitor.finish_with([b"x" * 40_960, b"x" * 40_960], 130)
+    whole, visitor = Connection(now=0), Connection(now=0)
+    whole.finish_with([b"x" * 40_960, b"x" * 40_960], 130)
+    assert (whole.find_overdue(140.0), whole.find_overdue(140.1)) == ("", "no_close")
+    visitor.finish_with(iter([b"x" * 40_960, b"x" * 40_960]), 130)
     assert (visitor.find_overdue(135.0), visitor.find_overdue(135.1)) == ("", "no_close")
     take(visitor, 40_960)  # the second piece is made when the first is taken
     assert (visitor.find_overdue(140.0), visitor.find_overdue(140.1)) == ("", "no_close")
@@ -461,7 +463,7 @@ def test_what_is_held_counts_a_large_piece_that_several_hold_once() -> None:
         client.enqueue(small)
     assert (held_bytes([first]), held_bytes([second])) == (4_096 + 4_095 + 50, 4_096 + 4_095)
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50 + 3
-    third.finish_with([body, b"not made yet"], 30)
+    third.finish_with(iter([body, b"not made yet"]), 30)
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50
     second.enqueue(bytes(bytearray(body)))  # another one
     assert held_bytes([first, second, third]) == 2 * 4_096 + 2 * 4_095 + 50
