@@ -396,6 +396,21 @@ def test_past_the_bound_of_memory_the_largest_holder_goes_and_it_is_one_line(
     assert held(rigged) == 0
 
 
+def test_to_drop_a_hundred_holders_each_connection_is_counted_a_few_times_only(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("price_server.hub.MAX_HELD", 100_000)
+    monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", 200_000)
+    count, counted = connection.Connection.unfinished_bytes, []
+    monkeypatch.setattr(connection.Connection, "unfinished_bytes", lambda each: counted.append(each) or count(each))
+    with contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(visit(server.port, b"x" * 1_000)) for _ in range(200)]
+        assert visitors[0].recv(1) == b""
+        call(server, lambda: None)
+        assert 200 < len(counted) < 2_000
+        assert connections(server) == 101  # what the last one sent came after the count
+
+
 def filled(start_server: Start, assets: tuple[str, ...]) -> PriceServer:
     """A server whose history has a poll every 10 s for an hour."""
     clock = Clock()
