@@ -16,6 +16,7 @@ from rigged import (
     Clock,
     RiggedServer,
     call,
+    call_soon,
     connections,
     dropped,
     gone,
@@ -411,10 +412,10 @@ def test_to_drop_a_hundred_holders_each_connection_is_counted_a_few_times_only(
         assert connections(server) == 101  # what the last one sent came after the count
 
 
-def filled(start_server: Start, assets: tuple[str, ...]) -> PriceServer:
+def filled(start_server: Start, assets: tuple[str, ...]) -> RiggedServer:
     """A server whose history has a poll every 10 s for an hour."""
     clock = Clock()
-    server = start_server(assets, wall_clock=clock)
+    server = start_server(assets, kind=RiggedServer, wall_clock=clock)
     for number in range(360):
         clock.now += 10.0
         server.publish([PriceUpdate(asset, 45_000.5 + number, "t") for asset in assets])
@@ -459,6 +460,26 @@ def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_requ
         stack.callback(tracemalloc.stop)
         never_read(server, stack, [head] * 30)
         assert tracemalloc.get_traced_memory()[0] < 30 * len(head)
+
+
+def test_a_visitor_that_takes_a_csv_as_fast_as_it_is_made_has_its_turn_and_no_more(start_server: Start) -> None:
+    server = filled(start_server, tuple(f"A{number:02}" for number in range(40)))
+    with visit(server.port) as visitor:
+        wait_for(lambda: server.listener.accepted)
+        taken: list[int] = []
+        at_call: list[int] = []
+
+        def take(data: bytes, flags: int = 0) -> int:
+            if not taken:
+                call_soon(server, lambda: at_call.append(sum(taken)))
+            taken.append(len(data))
+            return len(data)
+
+        server.listener.accepted[-1].send = take  # type: ignore[method-assign]
+        visitor.sendall(get("/history?format=csv"))
+        assert visitor.recv(1) == b"", "the end"
+    assert 0 < at_call[0] < 200_000
+    assert sum(taken) > 500_000
 
 
 def test_clients_of_many_subsets_of_the_assets_hold_no_copy_of_the_prices_each(start_server: Start) -> None:
