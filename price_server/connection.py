@@ -279,9 +279,11 @@ def _running_totals(connections: Iterable[Connection]) -> Iterator[int]:
     for connection in connections:
         held += connection.unfinished_bytes()
         for piece in connection.outbox.pieces if connection.outbox else ():
-            if len(piece) < SHARED_SIZE:
+            if len(piece) < SHARED_SIZE or id(piece) not in shared:
                 held += len(piece)
-            elif id(piece) not in shared:
+            shared.add(id(piece))
+        for piece in connection.outbox.body if connection.outbox else ():
+            if id(piece) not in shared:
+                held += len(piece)
                 shared.add(id(piece))
-                held += len(piece)
         yield held

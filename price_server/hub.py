@@ -183,7 +183,8 @@ class Hub:
             self._status.refused[response.refused] += 1
             if response.refused == "full":
                 self._log.warn("full", f"full, clients connected: {len(self.clients)}; the next ones get 503")
-        self._let_leave(connection, chain((response.head,), response.body), DOWNLOAD_TIMEOUT)
+        head, body = response.head, response.body
+        self._let_leave(connection, [head, *body] if isinstance(body, list) else chain([head], body), DOWNLOAD_TIMEOUT)
 
     def _let_leave(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
         """Send a visitor its last bytes."""

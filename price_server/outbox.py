@@ -19,16 +19,17 @@ class Outbox:
     messages (an argument of several methods): the current message of each asset, in the connection's format.
     """
 
-    __slots__ = ("_sent_of_first", "_uncounted", "_upcoming", "enqueued", "pieces", "size", "stale_assets")
+    __slots__ = ("_sent_of_first", "_uncounted", "_upcoming", "body", "enqueued", "pieces", "size", "stale_assets")
 
     def __init__(self) -> None:
         self.pieces: deque[bytes] = deque()
         self._sent_of_first = 0  # bytes of the first piece that are out already
         self._upcoming: Iterator[bytes] = iter(())  # pieces of an HTTP body, made when they are taken
+        self.body: list[bytes] = []  # one that is not made as it is taken: all of it is held until the end
         self.stale_assets: tuple[str, ...] = ()
         self.size = 0  # bytes in pieces
         self.enqueued = 0  # bytes that were ever in pieces: a large download has more time
-        self._uncounted = 0  # bytes of these that `take_uncounted` has not returned
+        self._uncounted = 0  # bytes that `take_uncounted` has not returned
 
     def __bool__(self) -> bool:
         return bool(self.pieces or self.stale_assets)
@@ -45,6 +46,9 @@ class Outbox:
     def finish_with(self, pieces: Iterable[bytes]) -> None:
         """Add the last bytes; after what is partially sent, nothing else goes out. `pieces` is read as it is sent."""
         self.stale_assets = ()
+        if isinstance(pieces, list):
+            self.body = pieces
+            self._uncounted += sum(map(len, pieces))
         self._upcoming = iter(pieces)
         self._take_upcoming()
 
@@ -112,7 +116,7 @@ class Outbox:
         return 0
 
     def take_uncounted(self) -> int:
-        """Bytes that were enqueued since this was last asked."""
+        """Bytes that came to be held since this was last asked, or more."""
         uncounted, self._uncounted = self._uncounted, 0
         return uncounted
 

@@ -402,8 +402,14 @@ def test_to_drop_a_hundred_holders_each_connection_is_counted_a_few_times_only(
 ) -> None:
     monkeypatch.setattr("price_server.hub.MAX_HELD", 100_000)
     monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", 200_000)
-    count, counted = connection.Connection.unfinished_bytes, []
-    monkeypatch.setattr(connection.Connection, "unfinished_bytes", lambda each: counted.append(each) or count(each))
+    unfinished_bytes = connection.Connection.unfinished_bytes
+    counted: list[object] = []
+
+    def count(each: connection.Connection) -> int:
+        counted.append(each)
+        return unfinished_bytes(each)
+
+    monkeypatch.setattr(connection.Connection, "unfinished_bytes", count)
     with contextlib.ExitStack() as stack:
         visitors = [stack.enter_context(visit(server.port, b"x" * 1_000)) for _ in range(200)]
         assert visitors[0].recv(1) == b""
@@ -452,6 +458,33 @@ def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(st
         assert 10_000 < held(server) < 1.1 * len(body) + 100 * 1_000
 
 
+def test_each_past_of_another_poll_that_nobody_reads_is_counted(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tuple(f"A{number:02}" for number in range(40))
+    server = filled(start_server, assets)
+    size = len(ask(server.port, get("/history"))[2])
+    with contextlib.ExitStack() as stack:
+        for number in range(5):
+            server.publish([PriceUpdate(asset, 1.0 + number, "t") for asset in assets])
+            never_read(server, stack, [get("/history")])
+        assert 4.5 * size < held(server) < 5.5 * size
+        monkeypatch.setattr("price_server.hub.MAX_HELD", 3.5 * size)
+        monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", size)
+        server.publish([PriceUpdate(asset, 9.0, "t") for asset in assets])
+        never_read(server, stack, [get("/history")])
+        assert 2.5 * size < held(server) < 3.5 * size
+
+
+def test_visitors_that_take_a_csv_slowly_hold_no_more_than_what_is_counted(start_server: Start) -> None:
+    server = filled(start_server, ASSETS)
+    with contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        never_read(server, stack, [get("/history?format=csv")] * 20)
+        assert tracemalloc.get_traced_memory()[0] < held(server) + 20 * 10_000
+
+
 def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_request(start_server: Start) -> None:
     server = filled(start_server, ASSETS)
     head = get("/history")[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(90)]) + b"\r\n"
@@ -475,7 +508,7 @@ def test_a_visitor_that_takes_a_csv_as_fast_as_it_is_made_has_its_turn_and_no_mo
             taken.append(len(data))
             return len(data)
 
-        server.listener.accepted[-1].send = take  # type: ignore[method-assign]
+        server.listener.accepted[-1].send = take  # type: ignore[assignment, method-assign]
         visitor.sendall(get("/history?format=csv"))
         assert visitor.recv(1) == b"", "the end"
     assert 0 < at_call[0] < 200_000

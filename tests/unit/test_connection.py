@@ -459,10 +459,21 @@ def test_what_is_held_counts_a_large_piece_that_several_hold_once() -> None:
         client.enqueue(small)
     assert (held_bytes([first]), held_bytes([second])) == (4_096 + 4_095 + 50, 4_096 + 4_095)
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50 + 3
-    third.finish_with([body, b"not made yet"], 30)
+    third.finish_with(iter([body, b"not made yet"]), 30)
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50
     second.enqueue(bytes(bytearray(body)))  # another one
     assert held_bytes([first, second, third]) == 2 * 4_096 + 2 * 4_095 + 50
+
+
+def test_what_is_held_counts_all_of_a_response_that_is_ready_and_each_piece_once() -> None:
+    first, second = Connection(now=0), Connection(now=0)
+    body = [b"x" * 5_000, b"x" * 300, b"x" * 20]
+    first.finish_with([b"head 1", *body], 30)
+    second.finish_with([b"head 2", *body], 30)
+    assert held_bytes([first]) == 5_326
+    assert held_bytes([first, second]) == 5_326 + 6
+    take(first, now=1)
+    assert held_bytes([first, second]) == 5_326
 
 
 def test_the_largest_holders_are_those_without_which_the_others_fit() -> None:
