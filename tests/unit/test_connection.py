@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from price_server.connection import Connection, Message, Request, State, held_bytes
+from price_server.connection import Connection, Message, Request, State, held_bytes, largest_holders
 from price_server.formats import EventStreamFormat, WebSocketFormat
 from price_server.prices import Feed
 
@@ -467,3 +467,29 @@ def test_what_is_held_counts_a_large_piece_that_several_hold_once() -> None:
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50
     second.enqueue(bytes(bytearray(body)))  # another one
     assert held_bytes([first, second, third]) == 2 * 4_096 + 2 * 4_095 + 50
+
+
+def test_what_is_held_counts_all_of_a_response_that_is_ready() -> None:
+    first, second = Connection(now=0), Connection(now=0)
+    body = [b"x" * 5_000, b"x" * 300, b"x" * 20]
+    first.finish_with([b"head 1", *body], 30)
+    second.finish_with([b"head 2", *body], 30)
+    assert held_bytes([first]) == 5_326
+    assert held_bytes([first, second]) == 5_000 + 2 * 326
+    take(first, now=1)
+    assert held_bytes([first, second]) == 5_326
+
+
+def test_the_largest_holders_are_those_without_which_the_others_fit() -> None:
+    small, shared, other, large = make_client(), make_client(), make_client(), make_client()
+    body = b"x" * 5_000
+    small.enqueue(b"x" * 100)
+    shared.enqueue(body)
+    other.enqueue(body)
+    large.enqueue(b"x" * 6_000)
+    everyone = [large, shared, small, other]
+    assert largest_holders(everyone, 11_100) == []
+    assert largest_holders(everyone, 11_099) == [large]
+    assert largest_holders(everyone, 5_100) == [large]
+    assert set(largest_holders(everyone, 5_099)) == {large, shared, other}
+    assert len(largest_holders(everyone, 0)) == 4
