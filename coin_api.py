@@ -1,7 +1,7 @@
 """Ask CoinAPI for the current price of several assets in one request.
 
-HTTP and nothing else: no threads, no WebSocket. `CoinApi` asks the real service, `DemoApi` simulates
-prices; both have `fetch_prices(asset_ids)`, and any other object that has it can take their place.
+HTTP and nothing else: no threads, no WebSocket. `CoinApi` asks the real service, `DemoApi` simulates prices. Any other
+object with a method `fetch_prices(asset_ids)` can take their place.
 """
 
 import io
@@ -37,7 +37,7 @@ CAUSES_BY_STATUS = {401: "refused_key", 403: "forbidden", 429: "rate_limited"}
 QUOTES = "\"'"
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for each price
 
-# It warns of bad headers by showing them, with the key if a server sends it back.
+# urllib3's warnings show bad headers, with the key in them if a server sends it back.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 
@@ -84,13 +84,13 @@ class CoinApi:
 
     quote: the currency of the prices, like "USD".
     url: another CoinAPI host; plain http only to a loopback address, because the key travels along.
-    credits_used, credits_left: what CoinAPI last said of them, or None; left can be negative.
+    credits_used, credits_left: as CoinAPI last said, or None; credits_left can be negative.
 
     Raises ValueError for a key or url that cannot be used, without showing the key.
     Source: GET /v1/exchangerate/{quote} of https://docs.coinapi.io.
     """
 
-    name = "coinapi"  # told at /healthz; in a history file, prices of two names never mix
+    name = "coinapi"  # shown at /healthz; in a history file, prices of two names never mix
 
     def __init__(self, key: str, quote: str = "USD", url: str = DEFAULT_URL):
         # Checked here because requests would show a bad header's value in its error.
@@ -121,11 +121,11 @@ class CoinApi:
     def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]:
         """The current price of each asset, in the order asked for.
 
-        Blocks for up to 10 s after the connection is made, and before that 3 s for each of the host's addresses,
-        as long again for TLS, and for a proxy.
+        Blocks for up to 10 s once the connection is made. Before that: 3 s for each of the host's addresses, and 3 s
+        each for TLS and for a proxy's answer.
 
-        An asset that CoinAPI leaves out is not in the list. A rate that is null, NaN or no number is passed on as it
-        came. Raises CoinApiError, and nothing else, when there is no usable answer.
+        An asset that CoinAPI leaves out is not in the list. A rate that is null, NaN or not a number is passed on as
+        it came. Raises CoinApiError, and nothing else, when there is no usable answer.
         """
         query = {"filter_asset_id": ",".join(asset_ids), "invert": "true"}
         try:
@@ -145,7 +145,7 @@ class CoinApi:
 
     def _parse(self, body: bytes, asset_ids: Sequence[str]) -> list[PriceUpdate]:
         try:
-            # parse_int: an integer of thousands of digits is infinite, not an error of the whole answer.
+            # parse_int=float: one integer of thousands of digits becomes infinite, and does not cost the whole answer.
             answer = json.loads(body, parse_int=float)
         except (ValueError, RecursionError):
             raise _bad_answer(f"CoinAPI's answer is not JSON: {self._clean(body) or '(empty)'}") from None
@@ -178,20 +178,20 @@ class CoinApi:
 
     def _read_credits(self, response: requests.Response) -> None:
         # CoinAPI renamed these headers and leaves them out at times: the last known numbers stay.
-        used = _whole(response, "X-RateLimit-Used")
-        left = _whole(response, "X-RateLimit-Remaining")
+        used = _read_integer(response, "X-RateLimit-Used")
+        left = _read_integer(response, "X-RateLimit-Remaining")
         if left is None:
-            left = _whole(response, "X-RateLimit-Quota-Remaining")
-        allocated = _whole(response, "X-RateLimit-Quota-Allocated")
+            left = _read_integer(response, "X-RateLimit-Quota-Remaining")
+        allocated = _read_integer(response, "X-RateLimit-Quota-Allocated")
         if used is None and allocated is not None and left is not None:
             used = allocated - left
         self.credits_used = self.credits_used if used is None else used
         self.credits_left = self.credits_left if left is None else left
 
     def _clean(self, text: object) -> str:
-        """What came from outside, fit for a log: one short line, printable, and never the key."""
+        """Text from outside, made fit for a log: one short line, printable, without the key."""
         line = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-        # Before the cut, which could leave a part of it; a key is the same in capitals.
+        # Before one_line cuts, which could leave a part of the key. A server may change its case.
         line = re.sub(re.escape(self._key), "[key]", line, flags=re.IGNORECASE)
         line = re.sub(r"//[^/@\s]*@", "//", line)  # a proxy's password
         return one_line(line)
@@ -209,7 +209,7 @@ class DemoApi:
         self._prices |= {"LINK": 15.0, "XLM": 0.12, "DOT": 7.0, "SOL": 100.0}
 
     def fetch_prices(self, asset_ids: Sequence[str]) -> list[PriceUpdate]:
-        """The next step of each asset's walk, about a tenth of a per cent; an unknown asset starts at 10."""
+        """The next step of each asset's walk, about 0.1 %; an asset not named above starts at 10."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f0Z")
         for asset_id in asset_ids:
             price = self._prices.get(asset_id, 10.0) * math.exp(random.gauss(0, 0.001))
@@ -218,7 +218,7 @@ class DemoApi:
 
 
 class _DeadlineReader(io.RawIOBase):
-    """A socket's bytes until a deadline for all of them: a plain timeout starts again with each byte."""
+    """Reads a socket until one deadline for the whole response: a plain timeout starts again with each byte."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float):
         self._sock = sock
@@ -239,7 +239,7 @@ class _DeadlineReader(io.RawIOBase):
         except ConnectionError as error:
             if self._has_begun:
                 raise
-            # What http.client raises for a connection that is closed at this point.
+            # Reset before the first byte: raise what http.client raises for a connection closed there.
             raise RemoteDisconnected(str(error)) from error
         self._has_begun = True
         return count
@@ -250,7 +250,7 @@ class _DeadlineReader(io.RawIOBase):
 
 
 class _DeadlineResponse(HTTPResponse):
-    """deadline: called when the request is sent; the monotonic time when the whole response must be there."""
+    """deadline: called when the request was sent; returns the monotonic time when the whole response must be here."""
 
     def __init__(self, sock: socket.socket, *args: Any, deadline: Callable[[], float], **kwargs: Any):
         super().__init__(sock, *args, **kwargs)
@@ -262,18 +262,18 @@ class _LostWhileIdle(RemoteDisconnected):
 
 
 class _Deadline:
-    """Goes before a connection class of urllib3's, whose timeouts start again with each byte."""
+    """A mixin for urllib3's connection classes, whose timeouts start again with each byte."""
 
     adapter: "_DeadlineAdapter"
     answers = 0  # over this connection so far
 
     def connect(self) -> None:
         self.answers = 0
-        # What a proxy answers.
+        # For a proxy's answer to CONNECT.
         self.response_class: Any = partial(_DeadlineResponse, deadline=lambda: time.monotonic() + CONNECT_TIMEOUT)
         try:
             super().connect()  # type: ignore[misc]
-        except TimeoutError as error:  # of the proxy, or of TLS
+        except TimeoutError as error:  # in the proxy's answer, or in the TLS handshake
             raise ConnectTimeoutError(f"no connection within {CONNECT_TIMEOUT:g} s") from error
         self.response_class = partial(_DeadlineResponse, deadline=self.adapter.answer_deadline)
 
@@ -287,11 +287,11 @@ class _Deadline:
 
 
 class _DeadlineAdapter(HTTPAdapter):
-    """Gives each connection, over a proxy or not, the deadlines; sends once more what a lost connection did not."""
+    """Gives each connection its deadlines, with a proxy or without; repeats a request that a _LostWhileIdle cost."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._deadline = 0.0  # of the answer to the request under way, monotonic; 0 until that was sent
+        self._deadline = 0.0  # for the answer to the current request, monotonic; 0 until the request was sent
 
     def answer_deadline(self) -> float:
         self._deadline = self._deadline or time.monotonic() + ANSWER_TIMEOUT
@@ -335,10 +335,10 @@ def one_line(text: object) -> str:
 
 
 def _split_url(url: str) -> SplitResult | None:
-    """The parts of an address that requests can be sent to, or None."""
+    """The parts of a URL that requests can be sent to, or None."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises ValueError for one that is no number
+        _ = parts.port  # raises ValueError for one that is not a number
     except ValueError:
         return None
     plain = re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~/-]*)?", url, re.ASCII | re.IGNORECASE)
@@ -361,7 +361,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost reason of requests' nested errors: theirs hold addresses that change each time."""
+    """The innermost error of requests' nested ones: the texts of the outer ones hold memory addresses."""
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection within {CONNECT_TIMEOUT:g} s"
     if isinstance(error, requests.exceptions.InvalidSchema) and "SOCKS" in str(error):
@@ -373,7 +373,7 @@ def _reason(error: Exception) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """Which of CAUSES it is."""
+    """Which of CAUSES an error is."""
     *_, innermost = _chain(error)
     if isinstance(error, requests.ConnectTimeout) or isinstance(innermost, TimeoutError):
         return "timeout"
@@ -390,6 +390,6 @@ def _retry_after(response: requests.Response) -> float | None:
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
 
 
-def _whole(response: requests.Response, header: str) -> int | None:
+def _read_integer(response: requests.Response, header: str) -> int | None:
     value = response.headers.get(header, "").strip()
     return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else None

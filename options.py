@@ -29,7 +29,7 @@ logger = logging.getLogger("tracker")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, checked; without argv those of the process. Wrong usage is one line in the log and exit status 2."""
+    """The checked flags of `argv`, or of the process. Wrong usage exits with status 2 after one line in the log."""
     parser = _Parser(
         prog="tracker.py",
         allow_abbrev=False,
@@ -39,7 +39,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     # fmt: off
-    add("--assets", type=_assets, default=ASSETS, metavar="BTC,ETH", help="what to track, in this order (default: ten)")
+    add("--assets", type=_assets, default=",".join(ASSETS), metavar="BTC,ETH",
+        help="what to track, in this order (default: %(default)s)")
     add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: %(default)s)")
     add("--interval", type=_number(float, 0.1, DAY, "a number of seconds"), default=INTERVAL, metavar="SECONDS",
         help="between two polls, 0.1 to 86,400 (default: %(default)s)")

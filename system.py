@@ -23,9 +23,9 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 STDERR = 2  # the descriptor: Python's exit would wait for the lock of sys.stderr while a write to it is blocked
-MAX_WAITING = 10_000  # log lines that are not yet written; beyond it they are dropped and counted
+MAX_WAITING = 10_000  # log lines that are not yet written; more are dropped and counted
 FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for stderr
-NOTICE = 25  # the level for the end of a trouble whose begin was a WARNING
+NOTICE = 25  # the level for the end of what began with a WARNING
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, NOTICE: 5}
 PRIORITIES |= {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
@@ -61,7 +61,7 @@ class Log(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Wait for what is not yet written, half a second at most. Python calls it at its exit too."""
+        """Wait at most half a second for what is not yet written. Python calls it at its exit too."""
         super().close()
         logging.getLogger().removeHandler(self)
         if self._ended:
@@ -84,8 +84,8 @@ class Log(logging.Handler):
 
 
 def start_log(level: str = "info") -> Log:
-    """Log to stderr from now on, in a thread of its own. Raises RuntimeError when no thread can be started."""
-    if sys.stderr is None:  # closed: the next socket or file would get its descriptor, and the log's lines
+    """Log to stderr from now on, in a separate thread. Raises RuntimeError when no thread can be started."""
+    if sys.stderr is None:  # closed: otherwise the next socket or file would get descriptor 2, and the log's lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     log = Log()
     # websocket-server called basicConfig when it was imported: without force this would do nothing.
@@ -102,7 +102,7 @@ class _TimeFormatter(logging.Formatter):
 
 
 class _JournalFormatter(logging.Formatter):
-    """journald has its own time, and takes each line's priority from its start."""
+    """journald adds the time itself, and reads each line's priority from a prefix like <6>."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(message)s")
@@ -126,18 +126,18 @@ def _write(line: str) -> None:
         while rest:
             rest = rest[os.write(STDERR, rest) :]
     except OSError:
-        pass  # closed, or its disk is full: there is nowhere to say so
+        pass  # closed, or its disk is full: there is nowhere to report that
 
 
 class Systemd:
     """Tells systemd the state of the program, over the socket named in NOTIFY_SOCKET; without it, does nothing.
 
-    Source: sd_notify(3), sd_watchdog_enabled(3). Never blocks, raises nothing, for any thread.
+    Source: sd_notify(3), sd_watchdog_enabled(3). Never blocks, raises nothing. Any thread.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic):
         self._address = environment.get("NOTIFY_SOCKET", "")
-        if self._address.startswith("@"):  # an abstract address, which is not a file
+        if self._address.startswith("@"):  # an abstract socket address
             self._address = "\0" + self._address[1:]
         self._clock = clock
         self._feed_every = _watchdog_seconds(environment) / 3  # so that a late feed does no harm
@@ -157,7 +157,7 @@ class Systemd:
             logger.warning("systemd does not receive %s: %s", state, error.strerror)
 
     def feed_watchdog(self) -> None:
-        """To be called by the loop that must not hang; tells systemd no more often than it needs."""
+        """For the loop that must not hang to call: tells systemd that it runs, no more often than needed."""
         now = self._clock()
         if self._feed_every and now - self._fed >= self._feed_every:
             self._fed = now
@@ -180,7 +180,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
             signal.signal(each, signal.SIG_DFL)
         stop()
 
-    # A hangup that was ignored at the start, as by nohup, stays ignored.
+    # A SIGHUP that is ignored at the start, as with nohup, stays ignored.
     taken = [each for each in SIGNALS if each != HANGUP or signal.getsignal(each) != signal.SIG_IGN]
     for number in taken:
         signal.signal(number, on_signal)
@@ -188,7 +188,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Threads started in it receive no signal: one delivered to another thread would not end the wait of main."""
+    """Threads started in this block receive no signals: one delivered to them would not interrupt the main thread."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -204,7 +204,7 @@ def raise_file_limit(needed: int) -> None:
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (hard, needed):  # macOS says that the hard one is unlimited and does not mean it
+    for limit in (hard, needed):  # macOS calls the hard one unlimited, and then refuses that
         if soft == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= soft):
             return
         try:
@@ -218,14 +218,14 @@ def explain_missing(module: str) -> str:
     """What to do about a module that could not be imported, in one line."""
     name = module.partition(".")[0]
     if name.removeprefix("_") == "sqlite3":
-        return "this Python was built without sqlite3: take another one, or your system's package that adds it"
+        return "this Python was built without sqlite3: use another one, or your system's package that adds it"
     if name in ("options", "coin_api", "price_server"):
         return f"{name} is missing beside tracker.py: copy all files of the program"
     return f"the package {name} is missing: {_install_command()}"
 
 
 def _install_command() -> str:
-    """What adds the packages to the Python that runs: one without a virtual environment needs one first."""
+    """The command that adds the packages to this Python; outside a virtual environment it makes one first."""
     if sys.prefix == sys.base_prefix:
         return f"start with {INSTALL}"
     requirements = str(Path(__file__).with_name("requirements.txt"))

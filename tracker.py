@@ -4,10 +4,10 @@ Start with `python tracker.py`, or `python tracker.py --demo` without a key. Thi
 the stop. options.py reads the command line, coin_api.py asks CoinAPI, system.py has what the program needs from the
 operating system, and price_server/ is everything that clients see.
 
-The way of a price: once an interval, `Poller.poll` asks the source for all assets in one request
+The path of a price: once per interval, `Poller.poll` asks the source for all assets in one request
 (`CoinApi.fetch_prices`) and gets a list of `PriceUpdate`. `PriceServer.publish` drops what is not a sound price and
-hands the rest to the server thread. That thread remembers each price as the latest one, adds it to the history, encodes
-it once per message format, and sends each client all that it follows with one non-blocking `send`.
+hands the rest to the server thread. That thread remembers each price as the latest one, encodes it once per message
+format, sends each client all that it follows with one non-blocking `send`, and adds it to the history.
 
 The threads, the same at any number of clients:
 - main waits for a signal, and owns nothing.
@@ -54,10 +54,10 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 MAX_BACKOFF = 15.0  # seconds: an outage must not last much longer here than at CoinAPI; failed requests are not billed
-MAX_WAIT = 15.0  # seconds: a wait stands still while the machine sleeps, and must not be as long as an interval may be
+MAX_WAIT = 15.0  # seconds of one wait: it stands still while the machine sleeps, and an interval may be a day
 READY_AFTER = 2.0  # seconds that the start-up lines wait for the first poll, which may find that the key is refused
 SWITCH_INTERVAL = 0.0002  # seconds: each send releases the GIL, and a busy thread then keeps it for 5 ms by default
-READY, STOP = "ready", "stop"  # what main waits for
+READY, STOP = "ready", "stop"  # events that main waits for
 
 logger = logging.getLogger("tracker")
 
@@ -74,11 +74,11 @@ class PriceSource(Protocol):
 class Poller:
     """Polls at fixed times, one interval (seconds) apart, and hands the prices to the server.
 
-    A failed poll is tried again after 1, 2, 4 ... intervals, 15 s at most, or when CoinAPI says; the first success
-    starts new fixed times. `run` is the poller thread; it ends with `stop()`, or by itself when the first poll's key
-    is refused.
+    A failed poll is tried again after 1, 2, 4 ... intervals, at most 15 s, or when CoinAPI says; the first success
+    starts new fixed times. `run` is the poller thread; it ends after `stop()`, or when the first poll finds that the
+    key is refused.
     clock: seconds that go on while the machine sleeps.
-    ready: called when the first poll has ended otherwise, or waits for a client to come.
+    ready: called once, when the first poll has ended (unless the key was refused) or waits for the first client.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Poller:
         self.interval = interval
         self.pause_when_idle = pause_when_idle
         self.clock = clock
-        # Set when there is something to check: it was stopped, or a client came.
+        # Set by `stop`, and by the server when a client came: `run` then checks both.
         self.wake = wake or (server.client_came if pause_when_idle else threading.Event())
         self.ready = ready
         self.stopping = False
@@ -140,7 +140,7 @@ class Poller:
             sent = self.server.publish(updates)
             if not sent:
                 raise CoinApiError("no sound price for any asset", cause="bad_answer")
-        except BaseException as error:  # your own source may raise anything, and end its own thread only
+        except BaseException as error:  # your own source may raise anything, even SystemExit
             return self._fail(error, started)
         finally:
             credits_used = getattr(self.source, "credits_used", None)
@@ -176,8 +176,8 @@ class Poller:
         return delay
 
     def _retry_delay(self, error: CoinApiError, took: float) -> float:
-        """Seconds from the start of a failed poll, which took so long, until the next try."""
-        if error.retry_after is not None:  # from the answer on
+        """Seconds from the start of a failed poll, which took `took` seconds, until the next try."""
+        if error.retry_after is not None:  # counted from the end of the poll
             return took + max(min(self.interval, MAX_BACKOFF), min(error.retry_after, MAX_RETRY_AFTER))
         delay = min(self.interval * 2 ** min(self._failures - 1, 20), MAX_BACKOFF)
         return delay * random.uniform(0.9, min(1.1, MAX_BACKOFF / delay))
@@ -193,7 +193,7 @@ class Poller:
         self._missing = self._missing.union(new).difference(back)
 
     def _next_fixed_time(self, due: float) -> float:
-        """One interval after `due`; what has passed meanwhile is not made up for."""
+        """One interval after `due`, or more where that has passed: missed polls are not made up for."""
         due += self.interval
         missed = math.ceil((self.clock() - due) / self.interval)
         return due + max(missed, 0) * self.interval
@@ -204,7 +204,7 @@ class Poller:
             self.wake.clear()
 
     def _wait_for_clients(self) -> bool:
-        """With `pause_when_idle`, block while there is no client; whether there was none."""
+        """With `pause_when_idle`, block while no client is connected. Returns whether it did."""
         waited = False
         while self.pause_when_idle and not self.stopping and not self.server.client_count:
             self.server.pause()
@@ -217,7 +217,7 @@ class Poller:
 
 
 def main(argv: Sequence[str] | None = None, source: PriceSource | None = None) -> int:
-    """Run the program until a signal comes; the exit status, as --help says. source: your own, instead of CoinAPI."""
+    """Run the program until a signal comes. Returns the exit status. source: your own, instead of CoinAPI."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     try:
         with system.signals_held():
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None, source: PriceSource | None = None) -
         try:
             source = DemoApi() if options.demo else source or _coin_api(options.quote)
         except ValueError as error:
-            return _exit(2, str(error))
+            return _report(2, str(error))
         return poll_once(source, options.assets) if options.once else run(source, options)
     finally:
         log.close()
@@ -239,30 +239,31 @@ def main(argv: Sequence[str] | None = None, source: PriceSource | None = None) -
 
 def run(source: PriceSource, options: Namespace) -> int:
     """Poll and serve clients until a signal comes, the key is refused, or the server ends."""
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()  # its put may interrupt its get; an Event's set would hang
+    # A signal handler may interrupt `get` and call `put`; with a threading.Event that could deadlock.
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
     system.stop_on_signals(partial(events.put, STOP))
     try:
         server = make_server(source, options)
     except OSError as error:
         reason = error.strerror or error
-        return _exit(1, f"cannot listen on {options.host} port {options.port}: {reason}; choose with --host, --port")
+        return _report(1, f"cannot listen on {options.host} port {options.port}: {reason}; choose with --host, --port")
     except ValueError as error:
-        return _exit(2, str(error))
+        return _report(2, str(error))
     except RuntimeError as error:  # a thread could not be started
-        return _exit(1, f"cannot start: {error}")
+        return _report(1, f"cannot start: {error}")
     systemd = system.Systemd()
     server.on_housekeeping = systemd.feed_watchdog
     poller = Poller(source, server, options.interval, options.pause_when_idle, ready=partial(events.put, READY))
     try:
         _start_threads(server, poller, events)
-        event = _next(events, READY_AFTER)
+        event = _wait_for_event(events, READY_AFTER)
         if event != STOP:
             _announce(options, server)
             systemd.tell("READY=1")
         while event != STOP and not server.has_ended:
-            event = _next(events, 1.0)
+            event = _wait_for_event(events, 1.0)
     except RuntimeError as error:
-        return _exit(1, f"cannot start: {error}")
+        return _report(1, f"cannot start: {error}")
     finally:
         systemd.tell("STOPPING=1")
         has_ended = server.has_ended
@@ -271,12 +272,12 @@ def run(source: PriceSource, options: Namespace) -> int:
         server.shutdown_gracefully(1001, b"server is stopping")
         logger.info("stopped")
     if has_ended:
-        return _exit(1, "the server's thread has ended")
-    return _exit(2, f"{server.last_error}: check COIN_API_KEY") if poller.key_refused else 0
+        return _report(1, "the server's thread has ended")
+    return _report(2, f"{server.last_error}: check COIN_API_KEY") if poller.key_refused else 0
 
 
 def make_server(source: PriceSource, options: Namespace) -> PriceServer:
-    """The server, not yet running: the place for callbacks of your own. Raises OSError, ValueError, RuntimeError."""
+    """The server, not yet running: your own callbacks go here. Raises OSError, ValueError, RuntimeError."""
     system.raise_file_limit(PriceServer.files_needed(options.max_clients))
     with system.signals_held():
         return PriceServer(
@@ -303,7 +304,7 @@ def _start_threads(server: PriceServer, poller: Poller, events: queue.SimpleQueu
         threading.Thread(target=poll, name="poller", daemon=True).start()
 
 
-def _next(events: queue.SimpleQueue[str], seconds: float) -> str | None:
+def _wait_for_event(events: queue.SimpleQueue[str], seconds: float) -> str | None:
     try:
         return events.get(timeout=seconds)  # without a timeout, Windows would deliver no signal here
     except queue.Empty:
@@ -311,16 +312,16 @@ def _next(events: queue.SimpleQueue[str], seconds: float) -> str | None:
 
 
 def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
-    """Print the prices of one poll, one JSON message a line."""
+    """Print the prices of one poll, one JSON message per line. Returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends it without a traceback
     if sys.stdout is None:
-        return _exit(1, "cannot write the prices: stdout is closed")
+        return _report(1, "cannot write the prices: stdout is closed")
     try:
         sound, faults = split_sound(source.fetch_prices(assets), assets)
     except CoinApiError as error:
-        return _exit(2, f"{error}: check COIN_API_KEY") if error.key_refused else _exit(1, one_line(error))
+        return _report(2, f"{error}: check COIN_API_KEY") if error.key_refused else _report(1, one_line(error))
     except BaseException as error:
-        return _exit(1, one_line(f"unexpected {type(error).__name__}: {error}"))
+        return _report(1, one_line(f"unexpected {type(error).__name__}: {error}"))
     faults = {asset_id: "not in the answer" for asset_id in assets if asset_id not in sound} | faults
     if faults:
         named = ", ".join(f"{asset_id}: {fault}" for asset_id, fault in faults.items())
@@ -330,10 +331,10 @@ def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
     try:
         print("\n".join(sound[asset_id].to_json() for asset_id in assets if asset_id in sound), flush=True)
     except OSError as error:
-        # At exit Python would try to write again what it could not write now.
+        # Otherwise Python would try at its exit to write the rest again, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # `| head -1`: the reader has all that it wants
-            return _exit(1, f"cannot write the prices: {error.strerror}")
+        if not isinstance(error, BrokenPipeError):  # with `| head -1` the reader has all that it wants
+            return _report(1, f"cannot write the prices: {error.strerror}")
     return 0
 
 
@@ -357,7 +358,8 @@ def _announce(options: Namespace, server: PriceServer) -> None:
         logger.info("tracking %s: %s%s", names, cost, " at most" if options.pause_when_idle else "")
 
 
-def _exit(status: int, message: str) -> int:
+def _report(status: int, message: str) -> int:
+    """Log why the program ends. Returns its exit status."""
     logger.error(message)
     return status
 

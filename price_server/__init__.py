@@ -1,4 +1,4 @@
-"""Everything clients see: the feed, the HTTP beside it, the past. Knows nothing of CoinAPI.
+"""Everything clients see: the feed, the HTTP paths, the price history. Knows nothing of CoinAPI.
 
 Dependencies point down this list and form no circle:
 
@@ -7,13 +7,13 @@ Dependencies point down this list and form no circle:
     transport.py   moves bytes between sockets and connections
     loop.py        a selector, and functions handed over by other threads
     connection.py  one connection as a protocol: bytes in, events out, bytes to send
-    outbox.py      what one connection that is behind still has to be sent
+    outbox.py      what is still to be sent to one connection
     web.py         one HTTP request to one response, or to a new client
     pages.py       the files of the page
     origins.py     which web origins may read
     commands.py    what a client may say
-    archive.py     a copy of the past in a SQLite file
-    history.py     the past, in memory
+    archive.py     a copy of the history in a SQLite file
+    history.py     the price history, in memory
     status.py      counters and gauges, /healthz, /metrics
     prices.py      the latest prices, and what a sound price is
     formats.py     how messages are written to a client

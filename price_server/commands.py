@@ -19,7 +19,7 @@ def is_command(message: str | bytes) -> bool:
 def apply_command(text: str, followed: tuple[str, ...], prices: Prices) -> tuple[str, ...]:
     """The assets that a client follows after a command, in the order tracked.
 
-    Raises ValueError, which says what is wrong and what there is.
+    Raises ValueError for a command that changes nothing; its text is for the client.
     """
     try:
         command = json.loads(text)

@@ -33,7 +33,7 @@ def split_sound(updates: Iterable[Update], assets: Iterable[str]) -> tuple[dict[
     for update in updates:
         try:
             fault = _find_fault(update, assets)
-        except Exception as error:  # something else than an update, or half of one
+        except Exception as error:  # not an update, or one that lacks an attribute
             fault = type(error).__name__
         if fault:
             faults[_name(update)] = fault
@@ -43,7 +43,7 @@ def split_sound(updates: Iterable[Update], assets: Iterable[str]) -> tuple[dict[
 
 
 def _name(update: object) -> str:
-    """An update's asset id, or what it is instead of an update; fit for a log."""
+    """An update's asset id, or the type of what is not an update; fit for a log."""
     try:
         name = str(update.asset_id)[:40]  # type: ignore[attr-defined]
     except Exception:
@@ -57,7 +57,7 @@ def _find_fault(update: Update, assets: Container[str]) -> str:
         return "not tracked"
     if not isinstance(price, int | float) or isinstance(price, bool):
         return f"price {str(price)[:40]!r} is not a number"
-    if isinstance(price, int) and price.bit_length() > 1023:  # over what a float can hold
+    if isinstance(price, int) and price.bit_length() > 1023:  # more than a float can hold
         return "price inf"
     if not (price > 0 and math.isfinite(price)):
         return f"price {price:.6g}"
@@ -67,7 +67,7 @@ def _find_fault(update: Update, assets: Container[str]) -> str:
 
 
 class Feed:
-    """The latest prices as one format writes them."""
+    """The latest prices as messages of one format."""
 
     def __init__(self, output_format: Format):
         self.format = output_format
@@ -99,7 +99,7 @@ class Prices:
         self.feeds = {each.name: Feed(each) for each in FORMATS}
 
     def remember(self, updates: dict[str, Update]) -> None:
-        """Note a poll's sound updates; an asset that it lacks keeps its last price."""
+        """Take a poll's sound updates; an asset that is not among them keeps its last price."""
         texts = {asset: update.to_json() for asset, update in updates.items()}
         self.latest = self._in_order(self.latest | updates)
         self.texts = self._in_order(self.texts | texts)

@@ -1,7 +1,7 @@
 """Counters and gauges of one server, and what /healthz and /metrics say.
 
-Counters are keyed by the reason, as it was counted; labels are made when /metrics is written. So a new reason needs
-no change here. The known ones start at 0, because the first event would not be an increase otherwise.
+Counters are keyed by the reason that was counted, and labels are made when /metrics is written, so that a new reason
+needs no change here. The known ones start at 0, because otherwise the first event would not be an increase.
 """
 
 import mmap
@@ -28,14 +28,11 @@ except ImportError:  # Windows
 
 REFUSED = ("asset", "denied", "full", "handshake", "origin")
 DROPPED = ("behind", "disconnected", "failed", "memory", "no_close", "no_pong", "queue_full", "unfinished")
-CAUSES = (
-    *("refused_key", "forbidden", "rate_limited", "server_error"),
-    *("timeout", "connection", "bad_answer", "other"),
-)
+CAUSES = ("refused_key", "forbidden", "rate_limited", "server_error", "timeout", "connection", "bad_answer", "other")
 STATUSES = (200, 204, 304, 400, 403, 404, 405, 426, 503)
 POLL_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 MAX_LISTED = 200  # connections up to which the open files are listed: with 10,000 that takes 19 ms
-OTHER_FILES = 12  # open ones that are no connections, until they are counted
+OTHER_FILES = 12  # open files that are not connections, until they are counted
 OPEN_FILES = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 Samples = Mapping[Any, float] | float
@@ -48,7 +45,7 @@ class History(Protocol):
 class Status:
     """Counters and gauges of one server. Server thread only.
 
-    interval: seconds between two polls. age_clock: seconds, and goes on while the machine sleeps.
+    interval: seconds between two polls. age_clock: seconds that go on while the machine sleeps.
     """
 
     stale_floor = 60.0  # seconds; CoinAPI's own times lag by about 30 s
@@ -79,14 +76,14 @@ class Status:
         self._age_clock = age_clock
         self._wall_clock = wall_clock
 
-        self.clients = _start_at_0(each.name for each in FORMATS)  # open ones, by the name of their format
+        self.clients = _start_at_0(each.name for each in FORMATS)  # open clients, by the name of their format
         self.clients_accepted = 0
         self.refused = _start_at_0(REFUSED)
         self.dropped = _start_at_0(DROPPED)
         self.messages_sent = 0
         self.http_responses = _start_at_0(STATUSES)
 
-        self.measure: Callable[[], None] = lambda: None  # sets the next three, just before /metrics is written
+        self.measure: Callable[[], None] = lambda: None  # sets the next three before /metrics is written
         self.visitors = 0  # connections that are not clients
         self.held_bytes = 0
         self.batch_seconds_max = 0.0
@@ -96,7 +93,7 @@ class Status:
         self.last_error: str | None = None
         self.polls = _start_at_0(("success", "failure"))
         self.poll_failures = _start_at_0(CAUSES)
-        self._polls_within = [0] * (len(POLL_BUCKETS) + 1)  # by bucket, not summed up; the last has no bound
+        self._polls_within = [0] * (len(POLL_BUCKETS) + 1)  # by bucket, not cumulative; the last has no bound
         self._poll_seconds = 0.0  # of all polls
         self._credits_used: int | None = None
         self._credits_left: int | None = None
@@ -122,7 +119,7 @@ class Status:
         self.poll_failures[cause] += 1
 
     def note_poll(self, seconds: float, credits_used: int | None, credits_left: int | None) -> None:
-        """A poll has ended, and took so long. Credits: None where CoinAPI did not say; what it said before stays."""
+        """A poll has ended after `seconds`. Credits: None keeps the number that CoinAPI last said."""
         self.paused = False
         self._polls_within[bisect_left(POLL_BUCKETS, seconds)] += 1
         self._poll_seconds += seconds
@@ -230,7 +227,7 @@ class Status:
         yield gauge("build_info", "Always 1; its labels say what runs.", {labels: 1})
 
     def _count_open_files(self) -> int:
-        """Few connections: as the system counts. Many: with as many other files as there were the last time."""
+        """With few connections, counted by the system; with many, the connections and the last number of other files."""
         connections = self.client_count + self.visitors
         if connections <= MAX_LISTED:
             try:
@@ -249,7 +246,7 @@ def _start_at_0(keys: Iterable[Any]) -> Counter[Any]:
 
 
 def _family(kind: str, name: str, text: str, samples: Samples | None, label: str = "") -> str:
-    """One metric with all its samples, by their labels or by the value of the one label; "" while none is known."""
+    """One metric with all its samples, keyed by their labels or by the value of `label`; "" while none is known."""
     if samples is None or samples == {}:
         return ""
     if not isinstance(samples, Mapping):
@@ -276,7 +273,7 @@ def _escape(value: str) -> str:
 
 
 def _epoch(time_text: str) -> float | None:
-    """Epoch seconds of a time like CoinAPI's, however far ahead or back, or None for another kind of text."""
+    """Epoch seconds of a time like CoinAPI's, or None for any other text."""
     try:
         moment = datetime.fromisoformat(time_text)
         return moment.timestamp() if moment.tzinfo else None
@@ -285,7 +282,7 @@ def _epoch(time_text: str) -> float | None:
 
 
 def _describe_process(started_at: float, open_files: int) -> Iterator[str]:
-    """What the official client libraries tell of a process, under their names; only what this system tells."""
+    """The process metrics of the official client libraries, under their names, as far as this system has them."""
     yield counter("process_cpu_seconds_total", "CPU time used, user and system.", time.process_time())
     try:
         with open("/proc/self/statm", "rb") as file:  # Linux
