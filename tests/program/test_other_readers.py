@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
@@ -37,7 +38,7 @@ def test_curl_reads_the_stream(tracker: Tracker) -> None:
 
 def test_a_library_for_event_streams_reads_the_stream(tracker: Tracker) -> None:
     with requests.get(f"{tracker.http}/stream", stream=True, timeout=10) as response:
-        events = sseclient.SSEClient(response).events()
+        events: Iterator[Any] = sseclient.SSEClient(response).events()  # type: ignore[arg-type]
         assert [json.loads(next(events).data)["asset_id"] for _ in range(20)] == [*ASSETS, *ASSETS]
 
 
