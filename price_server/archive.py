@@ -20,6 +20,7 @@ from .history import RANGES, Known, Loaded, Poll, encode_point, step_number
 MAX_WAITING = 50_000  # prices that wait for a disk; after more than these the file is compared with memory anew
 BUSY_TIMEOUT = 0.1  # seconds behind a lock that another program holds, before it is told and tried again
 MAX_WAL = 4 << 20  # bytes that FILE-wal keeps; while another program reads for long it grows beyond
+NOTICE = 25  # the log level between INFO and WARNING: the end of a trouble
 APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: it is ours
 VERSION = 1  # of the table
 
@@ -249,7 +250,7 @@ class Archive:
             self.report = self.report._replace(state="ok")
             self._changed.notify_all()
         if before == "failing":
-            logger.info("history file %r is up to date again", self._file)
+            logger.log(NOTICE, "history file %r is up to date again", self._file)
 
     def _note_failure(self, error: Exception) -> None:
         self._is_failing = True

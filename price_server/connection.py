@@ -259,6 +259,19 @@ class Connection:
 
 def held_bytes(connections: Iterable[Connection]) -> int:
     """Bytes that these connections hold; a large piece that several hold counts once."""
+    return max(_running_totals(connections), default=0)
+
+
+def largest_holders(connections: Iterable[Connection], limit: int) -> list[Connection]:
+    """Those without which the others hold at most `limit` bytes. One pass: each may be one of thousands."""
+    sizes = {connection: held_bytes([connection]) for connection in connections}
+    smallest_first = sorted(sizes, key=sizes.__getitem__, reverse=True)[::-1]
+    totals = zip(smallest_first, _running_totals(smallest_first), strict=True)
+    return [connection for connection, total in totals if total > limit]
+
+
+def _running_totals(connections: Iterable[Connection]) -> Iterator[int]:
+    """Bytes that the first of them holds, the first two, the first three, and so on."""
     held, shared = 0, set()
     for connection in connections:
         held += connection.unfinished_bytes()
@@ -268,4 +281,4 @@ def held_bytes(connections: Iterable[Connection]) -> int:
             elif id(piece) not in shared:
                 shared.add(id(piece))
                 held += len(piece)
-    return held
+        yield held

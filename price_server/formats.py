@@ -3,6 +3,7 @@
 A third format is a class here and a route in web.py. A format has no state: all clients of its kind share it.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from .frames import Opcode, encode_close, encode_frame, encode_message
@@ -59,3 +60,16 @@ class EventStreamFormat:
 
 
 FORMATS: tuple[Format, ...] = (WebSocketFormat(), EventStreamFormat())
+
+
+def encode_for_each(formats: Iterable[Format], message: str | bytes) -> dict[str, bytes]:
+    """A message as each format writes it, by the format's name. Raises ValueError when none can carry it."""
+    encoded, refusal = {}, None
+    for each in formats:
+        try:
+            encoded[each.name] = each.encode_message(message)
+        except ValueError as error:
+            refusal = error
+    if not encoded and refusal:
+        raise refusal
+    return encoded

@@ -10,8 +10,17 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
-from .connection import CLOSE_TIMEOUT, DOWNLOAD_TIMEOUT, Connection, Message, Request, State, held_bytes
-from .formats import Format
+from .connection import (
+    CLOSE_TIMEOUT,
+    DOWNLOAD_TIMEOUT,
+    Connection,
+    Message,
+    Request,
+    State,
+    held_bytes,
+    largest_holders,
+)
+from .formats import encode_for_each
 from .loop import Loop, RateLimitedLog
 from .prices import Feed, Prices
 from .status import Status
@@ -174,7 +183,9 @@ class Hub:
             self._status.refused[response.refused] += 1
             if response.refused == "full":
                 self._log.warn("full", f"full, clients connected: {len(self.clients)}; the next ones get 503")
-        self._let_leave(connection, chain((response.head,), response.body), DOWNLOAD_TIMEOUT)
+        body = response.body
+        pieces = [response.head, *body] if isinstance(body, list) else chain((response.head,), body)
+        self._let_leave(connection, pieces, DOWNLOAD_TIMEOUT)
 
     def _let_leave(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
         """Send a visitor its last bytes."""
@@ -225,7 +236,7 @@ class Hub:
 
     def send_to_all(self, message: str | bytes) -> None:
         """Send a message to every client whose format can carry it. Raises ValueError when there is no such format."""
-        encoded = _encode_for_each((feed.format for feed in self._prices.feeds.values()), message)
+        encoded = encode_for_each((feed.format for feed in self._prices.feeds.values()), message)
         for connection in list(self.clients):
             if connection.state is State.CLIENT and connection.feed and connection.feed.format.name in encoded:
                 self._status.messages_sent += 1
@@ -331,14 +342,10 @@ class Hub:
         if self._added < RECOUNT_AFTER:
             return
         self._added = 0
-        held = held_bytes(self._everyone())
-        if held <= MAX_HELD:
+        if held_bytes(self._everyone()) <= MAX_HELD:
             return
         self._log.warn("memory", f"over {MAX_HELD} bytes are held for connections: the largest holders are dropped")
-        sizes = {connection: held_bytes([connection]) for connection in self._everyone()}
-        for connection in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            if held_bytes(self._everyone()) <= MAX_HELD:
-                break
+        for connection in largest_holders(self._everyone(), MAX_HELD):
             self._drop(connection, "memory")
 
     def _measure(self) -> None:
@@ -380,18 +387,6 @@ def _join(connection: Connection, new: set[str]) -> tuple[tuple[str, ...], bytes
     messages = connection.feed.messages
     due = tuple(asset for asset in connection.assets if asset in new)
     return due, b"".join([messages[asset] for asset in due])
-
-
-def _encode_for_each(formats: Iterable[Format], message: str | bytes) -> dict[str, bytes]:
-    encoded, refusal = {}, None
-    for each in formats:
-        try:
-            encoded[each.name] = each.encode_message(message)
-        except ValueError as error:
-            refusal = error
-    if not encoded and refusal:
-        raise refusal
-    return encoded
 
 
 def _address_of(connection: Connection, new_client: NewClient) -> str:

@@ -28,7 +28,7 @@ class Outbox:
         self.stale_assets: tuple[str, ...] = ()
         self.size = 0  # bytes in pieces
         self.enqueued = 0  # bytes that were ever in pieces: a large download has more time
-        self._uncounted = 0  # bytes of these that `take_uncounted` has not returned
+        self._uncounted = 0  # bytes that `take_uncounted` has not returned
 
     def __bool__(self) -> bool:
         return bool(self.pieces or self.stale_assets)
@@ -43,9 +43,16 @@ class Outbox:
             self._uncounted += len(piece)
 
     def finish_with(self, pieces: Iterable[bytes]) -> None:
-        """Add the last bytes; after what is partially sent, nothing else goes out. `pieces` is read as it is sent."""
+        """Add the last bytes: nothing follows them, and no stale price goes before them.
+
+        A list is added whole; any other iterable is read as it is sent.
+        """
         self.stale_assets = ()
-        self._upcoming = iter(pieces)
+        if isinstance(pieces, list):
+            for piece in pieces:
+                self.enqueue(piece)
+        else:
+            self._upcoming = iter(pieces)
         self._take_upcoming()
 
     def mark_stale(self, assets: Iterable[str]) -> None:
@@ -112,7 +119,7 @@ class Outbox:
         return 0
 
     def take_uncounted(self) -> int:
-        """Bytes that were enqueued since this was last asked."""
+        """Bytes that came to be held since this was last asked, or more."""
         uncounted, self._uncounted = self._uncounted, 0
         return uncounted
 

@@ -25,8 +25,9 @@ class Update(Protocol):
     def to_json(self) -> str: ...
 
 
-def split_sound(updates: Iterable[Update], assets: Container[str]) -> tuple[dict[str, Update], dict[str, str]]:
+def split_sound(updates: Iterable[Update], assets: Iterable[str]) -> tuple[dict[str, Update], dict[str, str]]:
     """The sound updates by asset id, and for each other asset id what is wrong with it, in a few words."""
+    assets = frozenset(assets)
     sound: dict[str, Update] = {}
     faults: dict[str, str] = {}
     for update in updates:

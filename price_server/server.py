@@ -16,7 +16,7 @@ from typing import Any
 from websocket_server import WebsocketServer
 
 from . import clocks
-from .archive import Archive
+from .archive import NOTICE, Archive
 from .commands import apply_command, encode_error, is_command
 from .connection import Connection
 from .frames import encode_close
@@ -29,7 +29,6 @@ from .transport import configure_listener
 from .version import __version__
 from .web import Site
 
-NOTICE = 25  # the level between INFO and WARNING
 Client = dict[str, Any]  # {"id": 1, "handler": ClientHandler, "address": (host, port)}
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from .loop import Loop
 ACCEPT_AT_ONCE = 32  # connections of one round
 CLIENT_TURN = 512  # bytes received from a client in one turn: 85 pings
 VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most requests
+SEND_TURN = 128 << 10  # bytes sent to one peer in one turn: a CSV is made as fast as the peer takes it
 SEND_BUFFER = 32 << 10  # bytes; by default a client that stopped reading absorbs hours of old prices
 RECEIVE_BUFFER = 16 << 10  # bytes
 USER_TIMEOUT = 60_000  # milliseconds until a peer that acknowledges nothing is given up, where the system supports it
@@ -148,14 +149,15 @@ class Transport:
         return sent
 
     def flush(self, connection: Connection) -> int:
-        """Send what is pending as far as the socket takes it. Returns how many prices were begun.
+        """Send what is pending as far as the socket takes it, in one turn. Returns how many prices were begun.
 
         After the last bytes this side is shut down. Raises OSError when the connection is broken.
         """
-        begun, before = 0, connection.state
-        while True:
+        begun, before, room = 0, connection.state, SEND_TURN
+        while room > 0:
             data = connection.data_to_send()
             sent = self.send(connection, data) if data else 0
+            room -= sent
             begun += connection.advance(sent, self._loop.clock())
             if not data or sent < len(data):
                 break

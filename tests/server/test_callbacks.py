@@ -212,7 +212,7 @@ def test_client_left_runs_inside_no_send_no_publish_and_no_other_callback(
         else:
             call_soon(rigged, drop_the_other)
         wait_for(lambda: len(order) == 2)
-    assert order == ["clients: 1", "left"]
+        assert order == ["clients: 1", "left"]
 
 
 def test_client_left_runs_inside_no_housekeeping(timed: RiggedServer) -> None:

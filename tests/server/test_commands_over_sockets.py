@@ -217,21 +217,22 @@ def test_a_client_that_follows_while_behind_is_dropped_after_30_s_all_the_same(
 def test_2000_commands_in_a_row_take_no_turn_from_another_client(rigged: RiggedServer, updates: Updates) -> None:
     rigged.publish(updates(1.0))
     order: list[str] = []
-    sent = command(subscribe=list(ASSETS)) + command(unsubscribe=list(ASSETS))
+    sent = command(subscribe=["BTC"]) + command(unsubscribe=["BTC"])
     with follows_none(rigged) as flooding, follows_none(rigged) as client:
+        flooding.socket.settimeout(60)  # of the whole send
         for sock, name in zip(rigged.listener.accepted, ("flood", "client"), strict=True):
             sock.before = lambda name=name: order.append(name)  # type: ignore[misc]
         with Blocked(rigged):
             thread = in_thread(lambda: flooding.send(sent * 1_000))
             client.send(frame(PING))
         assert client.read() == (PONG, b"")
-        assert flooding.prices(10_000) == [(asset, 1.0) for asset in ASSETS] * 1_000
+        assert flooding.prices(1_000) == [("BTC", 1.0)] * 1_000
         thread.join(10)
         rigged.publish(updates(2.0))
         assert client.has_nothing_to_read()
         assert flooding.has_nothing_to_read()
     assert "client" in order[:20], "one turn of 512 bytes goes before it"
-    assert order.count("flood") > 200
+    assert order.count("flood") > 100
 
 
 @pytest.mark.parametrize(

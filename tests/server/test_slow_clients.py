@@ -16,6 +16,7 @@ from rigged import (
     Clock,
     RiggedServer,
     call,
+    call_soon,
     connections,
     dropped,
     gone,
@@ -396,10 +397,31 @@ def test_past_the_bound_of_memory_the_largest_holder_goes_and_it_is_one_line(
     assert held(rigged) == 0
 
 
-def filled(start_server: Start, assets: tuple[str, ...]) -> PriceServer:
+def test_to_drop_a_hundred_holders_each_connection_is_counted_a_few_times_only(
+    server: PriceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("price_server.hub.MAX_HELD", 100_000)
+    monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", 200_000)
+    unfinished_bytes = connection.Connection.unfinished_bytes
+    counted: list[object] = []
+
+    def count(each: connection.Connection) -> int:
+        counted.append(each)
+        return unfinished_bytes(each)
+
+    monkeypatch.setattr(connection.Connection, "unfinished_bytes", count)
+    with contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(visit(server.port, b"x" * 1_000)) for _ in range(200)]
+        assert visitors[0].recv(1) == b""
+        call(server, lambda: None)
+        assert 200 < len(counted) < 2_000
+        assert connections(server) == 101  # what the last one sent came after the count
+
+
+def filled(start_server: Start, assets: tuple[str, ...]) -> RiggedServer:
     """A server whose history has a poll every 10 s for an hour."""
     clock = Clock()
-    server = start_server(assets, wall_clock=clock)
+    server = start_server(assets, kind=RiggedServer, wall_clock=clock)
     for number in range(360):
         clock.now += 10.0
         server.publish([PriceUpdate(asset, 45_000.5 + number, "t") for asset in assets])
@@ -436,6 +458,33 @@ def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(st
         assert 10_000 < held(server) < 1.1 * len(body) + 100 * 1_000
 
 
+def test_each_past_of_another_poll_that_nobody_reads_is_counted(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tuple(f"A{number:02}" for number in range(40))
+    server = filled(start_server, assets)
+    size = len(ask(server.port, get("/history"))[2])
+    with contextlib.ExitStack() as stack:
+        for number in range(5):
+            server.publish([PriceUpdate(asset, 1.0 + number, "t") for asset in assets])
+            never_read(server, stack, [get("/history")])
+        assert 3.5 * size < held(server) < 5.5 * size, "but for what is in the kernel's buffers"
+        monkeypatch.setattr("price_server.hub.MAX_HELD", 3.5 * size)
+        monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", size)
+        server.publish([PriceUpdate(asset, 9.0, "t") for asset in assets])
+        never_read(server, stack, [get("/history")])
+        assert 2.5 * size < held(server) < 3.5 * size
+
+
+def test_visitors_that_take_a_csv_slowly_hold_no_more_than_what_is_counted(start_server: Start) -> None:
+    server = filled(start_server, ASSETS)
+    with contextlib.ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        never_read(server, stack, [get("/history?format=csv")] * 20)
+        assert tracemalloc.get_traced_memory()[0] < held(server) + 20 * 10_000
+
+
 def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_request(start_server: Start) -> None:
     server = filled(start_server, ASSETS)
     head = get("/history")[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(90)]) + b"\r\n"
@@ -444,6 +493,26 @@ def test_a_visitor_that_takes_the_past_slowly_does_not_hold_the_head_of_its_requ
         stack.callback(tracemalloc.stop)
         never_read(server, stack, [head] * 30)
         assert tracemalloc.get_traced_memory()[0] < 30 * len(head)
+
+
+def test_a_visitor_that_takes_a_csv_as_fast_as_it_is_made_has_its_turn_and_no_more(start_server: Start) -> None:
+    server = filled(start_server, tuple(f"A{number:02}" for number in range(40)))
+    with visit(server.port) as visitor:
+        wait_for(lambda: server.listener.accepted)
+        taken: list[int] = []
+        at_call: list[int] = []
+
+        def take(data: bytes, flags: int = 0) -> int:
+            if not taken:
+                call_soon(server, lambda: at_call.append(sum(taken)))
+            taken.append(len(data))
+            return len(data)
+
+        server.listener.accepted[-1].send = take  # type: ignore[assignment, method-assign]
+        visitor.sendall(get("/history?format=csv"))
+        assert visitor.recv(1) == b"", "the end"
+    assert 0 < at_call[0] < 200_000
+    assert sum(taken) > 500_000
 
 
 def test_clients_of_many_subsets_of_the_assets_hold_no_copy_of_the_prices_each(start_server: Start) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from price_server.connection import Connection, Message, Request, State, held_bytes
+from price_server.connection import Connection, Message, Request, State, held_bytes, largest_holders
 from price_server.formats import EventStreamFormat, WebSocketFormat
 from price_server.prices import Feed
 
@@ -417,8 +417,10 @@ def test_a_message_of_a_client_that_is_behind_is_not_read_so_being_behind_is_the
 
 
 def test_a_response_has_30_seconds_and_one_more_for_each_8_kib_of_it() -> None:
-    visitor = Connection(now=0)
-    visitor.finish_with([b"x" * 40_960, b"x" * 40_960], 130)
+    whole, visitor = Connection(now=0), Connection(now=0)
+    whole.finish_with([b"x" * 40_960, b"x" * 40_960], 130)
+    assert (whole.find_overdue(140.0), whole.find_overdue(140.1)) == ("", "no_close")
+    visitor.finish_with(iter([b"x" * 40_960, b"x" * 40_960]), 130)
     assert (visitor.find_overdue(135.0), visitor.find_overdue(135.1)) == ("", "no_close")
     take(visitor, 40_960)  # the second piece is made when the first is taken
     assert (visitor.find_overdue(140.0), visitor.find_overdue(140.1)) == ("", "no_close")
@@ -461,7 +463,33 @@ def test_what_is_held_counts_a_large_piece_that_several_hold_once() -> None:
         client.enqueue(small)
     assert (held_bytes([first]), held_bytes([second])) == (4_096 + 4_095 + 50, 4_096 + 4_095)
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50 + 3
-    third.finish_with([body, b"not made yet"], 30)
+    third.finish_with(iter([body, b"not made yet"]), 30)
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50
     second.enqueue(bytes(bytearray(body)))  # another one
     assert held_bytes([first, second, third]) == 2 * 4_096 + 2 * 4_095 + 50
+
+
+def test_what_is_held_counts_all_of_a_response_that_is_ready() -> None:
+    first, second = Connection(now=0), Connection(now=0)
+    body = [b"x" * 5_000, b"x" * 300, b"x" * 20]
+    first.finish_with([b"head 1", *body], 30)
+    second.finish_with([b"head 2", *body], 30)
+    assert held_bytes([first]) == 5_326
+    assert held_bytes([first, second]) == 5_000 + 2 * 326
+    take(first, now=1)
+    assert held_bytes([first, second]) == 5_326
+
+
+def test_the_largest_holders_are_those_without_which_the_others_fit() -> None:
+    small, shared, other, large = make_client(), make_client(), make_client(), make_client()
+    body = b"x" * 5_000
+    small.enqueue(b"x" * 100)
+    shared.enqueue(body)
+    other.enqueue(body)
+    large.enqueue(b"x" * 6_000)
+    everyone = [large, shared, small, other]
+    assert largest_holders(everyone, 11_100) == []
+    assert largest_holders(everyone, 11_099) == [large]
+    assert largest_holders(everyone, 5_100) == [large]
+    assert set(largest_holders(everyone, 5_099)) == {large, shared, other}
+    assert len(largest_holders(everyone, 0)) == 4
