@@ -19,9 +19,9 @@ from .history import RANGES, Known, Loaded, Poll, encode_point, step_number
 
 MAX_WAITING = 50_000  # prices that wait for a disk; more are dropped, and the file is then compared with memory again
 BUSY_TIMEOUT = 0.1  # seconds of waiting for another program's lock, before that is a failure to be tried again
-MAX_WAL = 4 << 20  # bytes that FILE-wal keeps; while another program reads for long it grows beyond
-NOTICE = 25  # the log level between INFO and WARNING: the end of a trouble
-APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: it is ours
+MAX_WAL = 4 << 20  # bytes of FILE-wal; it grows beyond them while another program reads for long
+NOTICE = 25  # the log level, between INFO and WARNING, for the end of what began with a WARNING
+APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: this program made it
 VERSION = 1  # of the table
 
 # The time comes first in the key, because then the points of one poll are neighbours: a poll of ten assets writes 30 kB
