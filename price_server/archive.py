@@ -1,7 +1,7 @@
-"""A copy of the past in a SQLite file, and the only thread that waits for a disk. It exists only with a file.
+"""A copy of the history in a SQLite file, and the only thread that waits for a disk. It exists only with a file.
 
-The server thread leaves what `History` says is to be written, and goes on. A disk that is full, gone or locked
-costs nothing but what a restart would find, and that is written as soon as the disk takes it.
+The server thread hands over what `History` says is to be written, and goes on. While a disk is full, gone or locked,
+only the file lacks something; that is written as soon as the disk takes it.
 """
 
 import logging
@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 from .history import RANGES, Known, Loaded, Poll, encode_point, step_number
 
-MAX_WAITING = 50_000  # prices that wait for a disk; after more than these the file is compared with memory anew
-BUSY_TIMEOUT = 0.1  # seconds behind a lock that another program holds, before it is told and tried again
-MAX_WAL = 4 << 20  # bytes that FILE-wal keeps; while another program reads for long it grows beyond
-NOTICE = 25  # the log level between INFO and WARNING: the end of a trouble
-APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: it is ours
+MAX_WAITING = 50_000  # prices that wait for a disk; more are dropped, and the file is then compared with memory again
+BUSY_TIMEOUT = 0.1  # seconds of waiting for another program's lock, before that is a failure to be tried again
+MAX_WAL = 4 << 20  # bytes of FILE-wal; it grows beyond them while another program reads for long
+NOTICE = 25  # the log level, between INFO and WARNING, for the end of what began with a WARNING
+APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: this program made it
 VERSION = 1  # of the table
 
-# The time stands first in the key: the points of one poll lie side by side, so that a poll of ten assets writes 30 kB
-# and not 220.
+# The time comes first in the key, because then the points of one poll are neighbours: a poll of ten assets writes 30 kB
+# instead of 220.
 TABLE = """CREATE TABLE IF NOT EXISTS points (
     step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
     PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
@@ -34,7 +34,7 @@ SIGN = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VE
 CREATE = ("BEGIN IMMEDIATE", TABLE, *SIGN, "COMMIT")
 CONFIGURE = (
     "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",  # killed, a program loses the poll under way
+    "PRAGMA synchronous = NORMAL",  # a program that is killed loses the current poll at most
     f"PRAGMA journal_size_limit = {MAX_WAL}",
 )
 CHECK = "PRAGMA quick_check(1)"
@@ -51,7 +51,7 @@ class ArchiveError(ValueError):
 
 
 class Report(NamedTuple):
-    """How the file is."""
+    """The state of the file, for /healthz and /metrics."""
 
     state: str  # "ok", or "failing" while it lacks something
     write_errors: int  # times that it could not be opened or written
@@ -85,10 +85,10 @@ class Archive:
         self._loaded, self._wall_clock = loaded, wall_clock
         self.report = Report("failing", 0, 0.0)
 
-        # What other threads leave or look at. `_changed` guards it, and is never held while waiting for a disk.
+        # Shared with other threads. `_changed` guards it, and is never held while waiting for a disk.
         self._changed = threading.Condition()
         self._waiting: deque[Poll | Known] = deque(maxlen=max(MAX_WAITING // max(len(self._assets), 1), 100))
-        self._lost = False  # some that waited, as they were too many
+        self._lost = False  # whether some that waited were dropped, because there were too many
         self._read: list[Loaded] | None = []  # for `start` to hand over; None when that is over
         self._stopping = False
         self._state = "opening"  # or "ok"; "failing", when that was logged; "refused", permanently
@@ -98,8 +98,8 @@ class Archive:
         self._disk: sqlite3.Connection | None = None
         self._identity: os.stat_result  # of the file that is open
         self._is_read = False  # since it was opened
-        self._expected = 0  # answers of memory to what was read: until they are written the file lacks something
-        self._is_failing = False  # the last try failed: the next one is not for each poll
+        self._expected = 0  # `Known`s still to come for what was read: until they are written the file lacks something
+        self._is_failing = False  # the last try failed: the next one waits for its time, not for the next poll
         self._next_try: float | None = 0.0  # monotonic time; None while nothing has to be tried
         # A daemon: a disk that hangs must not keep the program from ending.
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
@@ -125,14 +125,14 @@ class Archive:
             self._loaded(each)
 
     def write(self, change: Poll | Known) -> None:
-        """Leave what `History.add` or `History.load` returned. Never waits."""
+        """Have the thread write what `History.add` or `History.load` returned. Never blocks."""
         with self._changed:
             self._lost |= len(self._waiting) == self._waiting.maxlen
             self._waiting.append(change)
             self._changed.notify_all()
 
     def stop(self, wait: float = 0.5) -> None:
-        """Have what is left written, and the thread end; a disk that hangs is waited for at most that long."""
+        """Have the thread write what waits and end; `wait` is how long that may take on a disk that hangs."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -142,7 +142,7 @@ class Archive:
     # The thread
 
     def _run(self) -> None:
-        """Wait, and write what was left. Only `stop`, or a refusal at the start, ends it."""
+        """Wait, and write what waits, until `stop` or a refusal at the start."""
         stopping = False
         while not stopping and self._state != "refused":
             with self._changed:
@@ -163,14 +163,13 @@ class Archive:
         return None if self._next_try is None else max(self._next_try - time.monotonic(), 0.0)
 
     def _save(self) -> None:
-        """Open the file where it is not open, and write to it what it lacks; when that fails, try again later."""
+        """Open the file unless it is open, and write what it lacks; when that fails, set when to try again."""
         try:
             self._disk = self._disk or self._open(self._file)
             self._next_try = None
             self._write_waiting(self._disk)
-            if (
-                not self._is_read or self._lost
-            ):  # after writing: a disk that only fails to write is not read each second
+            # After writing, so that a disk which only fails to write is not read each second.
+            if not self._is_read or self._lost:
                 self._is_read, self._lost = True, False
                 self._read_all(self._disk)
             self._limit_wal(self._disk)
@@ -198,7 +197,7 @@ class Archive:
                 self._expected = max(self._expected - 1, 0)
 
     def _write(self, disk: sqlite3.Connection, change: Poll | Known) -> None:
-        """One transaction: these points, and away with those that memory let go of."""
+        """In one transaction, write these points and delete those that memory no longer holds."""
         with disk:
             disk.executemany(WRITE, ((step, slot, *self._key, *point) for step, slot, *point in change.rows()))
             if change.forgotten:
@@ -206,13 +205,13 @@ class Archive:
                 disk.executemany(DELETE, gone)
 
     def _read_all(self, disk: sqlite3.Connection) -> None:
-        """Hand over what the file has, a range at a time, because the server thread adds it to what it has."""
+        """Hand over what the file has, one range at a time: loading all at once would delay the server thread."""
         self._expected = 0
         for span in RANGES:
             texts: dict[str, list[bytes]] = {asset: [] for asset in self._assets}
             for slot, asset, at, price in disk.execute(READ, (span.step, *self._key)):
                 if asset in texts:
-                    # Rounded to milliseconds it must not fall into the next step.
+                    # Rounding to milliseconds must not move it into the next step.
                     texts[asset].append(encode_point(min(at, (slot + 1) * span.step - 0.001), price))
             read = Loaded(span.step, {asset: b",".join(points) for asset, points in texts.items() if points})
             with self._changed:
@@ -224,7 +223,7 @@ class Archive:
                 self._loaded(read)
 
     def _limit_wal(self, disk: sqlite3.Connection) -> None:
-        """FILE-wal grows while another program reads for long, and shrinks only when it has been emptied."""
+        """Empty FILE-wal when it is too large: it grows while another program reads for long, and shrinks only so."""
         try:
             if os.path.getsize(os.path.realpath(self._file) + "-wal") <= MAX_WAL:
                 return
@@ -235,9 +234,9 @@ class Archive:
             self._next_try = time.monotonic() + self.retry_interval
 
     def _check_identity(self, disk: sqlite3.Connection) -> None:
-        """SQLite writes into a file that was deleted without an error."""
+        """Raises ArchiveError when the file was replaced: SQLite would write into a deleted file without an error."""
         if not os.path.samestat(os.stat(self._file), self._identity):
-            # Otherwise what stands in FILE-wal would be taken for changes of the file that is there now.
+            # Otherwise SQLite would take the content of FILE-wal for changes to the new file.
             disk.execute(EMPTY_WAL)
             raise ArchiveError(f"history file {self._file!r} was replaced")
 
@@ -254,7 +253,7 @@ class Archive:
 
     def _note_failure(self, error: Exception) -> None:
         self._is_failing = True
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details in the higher bits
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits are details
         locked = code == sqlite3.SQLITE_BUSY
         self._next_try = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
         if not locked and code != sqlite3.SQLITE_FULL:
@@ -281,7 +280,7 @@ class Archive:
         logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
 
     def _open(self, file: str) -> sqlite3.Connection:
-        """Open the file. Raises ArchiveError, with nothing changed, when it is refused."""
+        """Open the file. Raises ArchiveError when it is refused; nothing has changed then."""
         path = os.path.realpath(file)
         complaint = _complaint(path)
         if complaint:
@@ -300,14 +299,14 @@ class Archive:
 
 
 def _complaint(path: str) -> str | None:
-    """Why this cannot be the file, and what to do; found out without writing to it or beside it."""
+    """Why this file cannot be used, and what to do, or None. Writes neither to it nor beside it."""
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         return f"is in a directory that does not exist: make {directory!r}"
     if os.path.isdir(path):
         return "is a directory: name a file in it"
     if os.path.exists(path) and not os.path.isfile(path):
-        return "is no regular file: remove it"  # a pipe would be waited for
+        return "is no regular file: remove it"  # opening a pipe would block
     if not os.access(directory, os.W_OK | os.X_OK):
         return f"gets files beside it: make {directory!r} writable"
     if not os.path.exists(path):
@@ -320,7 +319,7 @@ def _complaint(path: str) -> str | None:
 
 
 def _complaint_about_head(head: bytes) -> str | None:
-    """All that is read of somebody else's database: SQLite itself would put files beside it."""
+    """Read without SQLite, which would put files beside another program's database."""
     if not head.startswith(b"SQLite format 3\0"):
         return "is no SQLite database: move it away"
     if len(head) < 100:
@@ -336,14 +335,14 @@ def _complaint_about_head(head: bytes) -> str | None:
 def _complaint_about_content(path: str) -> str | None:
     new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
     if len(new) == 2 and os.path.getsize(path) % 512:
-        return "is damaged (cut off): put a copy in its place"  # SQLite sees whole pages alone
+        return "is damaged (cut off): put a copy in its place"  # SQLite would ignore an incomplete last page
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
         (verdict,) = disk.execute(CHECK).fetchone()
     except sqlite3.DatabaseError as error:
         code = error.sqlite_errorcode & 0xFF
         if code == sqlite3.SQLITE_READONLY:
-            return None  # its first start was cut short: to undo the rest of that needs writing
+            return None  # its first start was cut short; undoing what that began needs writing
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         verdict = str(error)

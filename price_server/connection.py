@@ -1,9 +1,9 @@
 """One connection as a protocol: bytes in, events out, bytes to send. No I/O, no clock, no server.
 
 A connection is a visitor until the head of its HTTP request is complete. Then it is a client, which follows
-the feed, or it gets one response. Ending is one path for a response, a refusal, a close frame, a protocol
-error and a stop: the last bytes are queued and nothing follows them; then this side is shut down, what still
-arrives is discarded, and the socket is closed when the peer hangs up or the deadline passes.
+the feed, or it gets one response. A response, a refusal, a close frame, a protocol error and a stop end it in
+one way: the last bytes are queued and nothing follows them; then this side is shut down, what still arrives
+is discarded, and the socket is closed when the peer hangs up or the deadline passes.
 
 The caller gives the time (`now`, in seconds of any clock) and exhausts the events of `receive_data`.
 """
@@ -21,11 +21,11 @@ from .web import MAX_REQUEST, find_end
 REQUEST_TIMEOUT = 10.0  # seconds for a whole request, dribbled or not
 SLOW_CLIENT_TIMEOUT = 30.0  # seconds from when a client falls behind until it has caught up
 MESSAGE_TIMEOUT = 30.0  # seconds for a message to be complete
-DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response,
-DOWNLOAD_RATE = 8 << 10  # and one second more for each so many bytes of it
+DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response, and more for a large one:
+DOWNLOAD_RATE = 8 << 10  # bytes for which there is one second more
 LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer hangs up
 CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it hangs up
-SHARED_SIZE = 4 << 10  # bytes from which a piece that several connections hold is counted once
+SHARED_SIZE = 4 << 10  # bytes; from this size on, a piece that several connections hold is counted once
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class State(Enum):
     VISITOR = auto()  # its request is not complete
     CLIENT = auto()  # it follows the feed
     CLOSING = auto()  # its last bytes are going out
-    LINGERING = auto()  # they are out, and the peer has yet to hang up
+    LINGERING = auto()  # its last bytes are out, and the peer has yet to hang up
     ENDED = auto()  # its socket is closed
 
 
@@ -78,9 +78,9 @@ class Connection:
         self.unanswered = 0  # heartbeats since the last pong
         self.outbox: Outbox | None = None  # while something is pending
         self._inbox: bytearray | None = None  # the request so far
-        self._searched = 0  # bytes of it that are known not to end the head
+        self._searched = 0  # bytes of it that were searched for the end of the head
         self._reader: MessageReader | None = None  # while a message is begun: most clients never need one
-        self._deadline = now + REQUEST_TIMEOUT  # of the request, of being behind, of the end; 0 for none
+        self._deadline = now + REQUEST_TIMEOUT  # for the request, for catching up, or for the end; 0 for none
         self._message_deadline = 0.0  # for the message that is begun; 0 for none
 
     # What the peer sends
@@ -91,40 +91,35 @@ class Connection:
         After a Request the caller calls `become_client` or `finish_with`.
         """
         if self.state is State.VISITOR:
-            rest = self._read_request(data)
-            if rest is None:
+            parts = self._read_request(data)
+            if parts is None:
                 return
-            yield Request(self._take_head(len(rest)))
-            data = rest
+            head, data = parts
+            yield Request(head)
         if self.state is State.CLIENT and self.feed and self.feed.format.is_two_way and data:
             yield from self._read_messages(data, now)
         # After the last bytes everything is discarded: closing the socket over it would destroy them.
 
-    def _read_request(self, data: bytes) -> bytes | None:
-        """Add to the request. What follows its head, or None while the head is not complete."""
-        if self._inbox is None:
-            self._inbox = bytearray()
-        self._inbox += data
-        end = find_end(self._inbox, self._searched)
-        self._searched = len(self._inbox)
-        if (end if end >= 0 else self._searched) > MAX_REQUEST:
-            self._inbox.clear()
-            return b""
-        return bytes(self._inbox[end:]) if end >= 0 else None
-
-    def _take_head(self, rest: int) -> bytes | None:
-        assert self._inbox is not None
-        head = bytes(self._inbox[: len(self._inbox) - rest]) or None
+    def _read_request(self, data: bytes) -> tuple[bytes | None, bytes] | None:
+        """Add to the request. Its head (None when over the limit) and what follows it; None while it has no end."""
+        request = self._inbox = self._inbox or bytearray()
+        request += data
+        end = find_end(request, self._searched)
+        self._searched = len(request)
+        is_too_large = (end if end >= 0 else len(request)) > MAX_REQUEST
+        if end < 0 and not is_too_large:
+            return None
         self._inbox = None
-        return head
+        return (None, b"") if is_too_large else (bytes(request[:end]), bytes(request[end:]))
 
     def _read_messages(self, data: bytes, now: float) -> Iterator[Message]:
         reader = self._reader = self._reader or MessageReader()
-        reader.feed(data)
+        reader.receive_data(data)
         completed = False
         try:
             for opcode, message in reader.read():
-                completed = completed or not reader.is_fragmented  # a ping between fragments gives these no more time
+                # A ping between fragments does not give these more time.
+                completed = completed or not reader.is_fragmented
                 if opcode == Opcode.PONG:
                     self.unanswered = 0
                 elif opcode == Opcode.PING:  # one send carries the pongs of everything that arrived together
@@ -154,7 +149,7 @@ class Connection:
     def start_feed(self, head: bytes, known: tuple[str, ...], sent: int, now: float) -> int:
         """The socket took `sent` bytes of the response's head and the messages of `known`; keep the rest.
 
-        Returns how many messages are begun.
+        Returns how many messages were sent, at least in part.
         """
         if sent >= len(head):
             return self.publish(known, sent - len(head), now)
@@ -167,7 +162,7 @@ class Connection:
     def publish(self, assets: tuple[str, ...], sent: int, now: float) -> int:
         """The socket took `sent` bytes of the new messages of `assets`; keep the rest.
 
-        Returns how many messages are begun: only the end of the connection can stop those.
+        Returns how many messages were sent, at least in part: the rest of a partially sent one always follows.
         """
         if self.state is not State.CLIENT or self.feed is None:
             return 0
@@ -190,12 +185,12 @@ class Connection:
         outbox.mark_stale(asset for asset in assets if asset in new and self.feed and asset in self.feed.messages)
 
     def enqueue(self, piece: bytes) -> None:
-        """Let these bytes go out as they are: whole messages in the client's format."""
+        """Have these bytes sent as they are: whole messages in the client's format."""
         if self.state is State.CLIENT:
             self._open_outbox().enqueue(piece)
 
     def finish_with(self, pieces: Iterable[bytes], deadline: float) -> None:
-        """Let these be the last bytes, read as they are sent, and the deadline that of the whole end."""
+        """Have these sent as the last bytes, each made when it is sent. `deadline`: for the whole end."""
         self._change_state(State.CLOSING)
         self._inbox = self._reader = None
         self._message_deadline = 0.0
@@ -207,13 +202,13 @@ class Connection:
         return self.outbox.data_to_send(self.feed.messages if self.feed else {}) if self.outbox else b""
 
     def advance(self, sent: int, now: float) -> int:
-        """The socket took the first `sent` bytes of `data_to_send`. Returns how many prices were begun with them."""
+        """The socket took the first `sent` bytes of `data_to_send`. Returns how many prices were begun."""
         begun = self.outbox.advance(sent, self.feed.messages if self.feed else {}) if self.outbox else 0
         self._update_deadline(now)
         return begun
 
     def end(self) -> None:
-        """The socket is closed: let go of everything."""
+        """The socket is closed: release everything."""
         if self.state is not State.ENDED:
             self._change_state(State.ENDED)
         self.outbox = self._inbox = self._reader = None
@@ -244,7 +239,7 @@ class Connection:
             raise RuntimeError(f"a connection cannot go from {self.state.name} to {state.name}")
         self.state = state
 
-    # What it takes, and how long
+    # Limits
 
     def find_overdue(self, now: float) -> str:
         """Why the time of this connection is over: behind, unfinished or no_close; "" while it is not."""

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 MAX_MESSAGE = 64 << 10  # bytes of one message from a client, fragments summed
 MAX_CONTROL = 125  # bytes of a control frame's payload (5.5)
-MAX_REASON = MAX_CONTROL - 2  # bytes of a close frame's reason, behind its code
+MAX_REASON = MAX_CONTROL - 2  # bytes of a close frame's reason, after its code
 
 
 class Opcode(IntEnum):
@@ -76,22 +76,22 @@ def reply_to_close(payload: bytes) -> bytes:
 
 
 class MessageReader:
-    """What one client sends, taken apart: `read` gives each message, ping, pong and close in turn.
+    """Parses what one client sends: `read` yields each message, ping, pong and close in turn.
 
-    A peer that dribbles costs nothing: each byte is appended once, and a frame's header is all that
-    is looked at again. Messages are str for text and bytes for the rest.
+    A peer that dribbles costs nothing: each byte is appended once, and only a frame's header is read again.
+    Messages are str for text and bytes for the rest.
     """
 
     __slots__ = ("_buffer", "_fragments", "_opcode")
 
     def __init__(self) -> None:
         self._buffer = bytearray()  # received, and not a whole frame yet
-        self._fragments: bytearray | None = None  # of a message whose last frame has not come
+        self._fragments: bytearray | None = None  # so far, of a message whose last frame has not come
         self._opcode = 0  # of that message
 
     @property
     def held(self) -> int:
-        """Bytes that wait for more."""
+        """Bytes of the frame and the message that are not complete."""
         return len(self._buffer) + len(self._fragments or b"")
 
     @property
@@ -104,14 +104,13 @@ class MessageReader:
         """Whether a message's first fragment has come, and its last has not."""
         return self._fragments is not None
 
-    def feed(self, data: bytes) -> None:
-        """Take what came."""
+    def receive_data(self, data: bytes) -> None:
         self._buffer += data
 
     def read(self) -> Iterator[tuple[int, str | bytes]]:
-        """Yield (opcode, message) for all that is whole; it may be left and called again.
+        """Yield (opcode, message) for all that is complete. The caller may stop at any, and call it again later.
 
-        Raises ProtocolError for what is not by the book, as soon as a header tells: then read no more.
+        Raises ProtocolError for a violation, as soon as the header shows it; nothing may be read after that.
         """
         while (frame := self._take_frame()) is not None:
             final, opcode, payload = frame
@@ -125,7 +124,7 @@ class MessageReader:
                     yield self._opcode, message
 
     def _add_fragment(self, final: bool, opcode: int, payload: bytes) -> str | bytes | None:
-        """The whole message behind its last fragment (5.4)."""
+        """The whole message after its last fragment; None before (5.4)."""
         if self._fragments is None:
             self._fragments, self._opcode = bytearray(), opcode
         self._fragments += payload
@@ -135,7 +134,7 @@ class MessageReader:
         return _decode_text(message) if self._opcode == Opcode.TEXT else message
 
     def _take_frame(self) -> tuple[bool, int, bytes] | None:
-        """Take the first frame off the buffer: (final, opcode, payload), or None while it is not whole."""
+        """Remove the first frame from the buffer: (final, opcode, payload), or None while it is not complete."""
         buffer = self._buffer
         if len(buffer) < 2:
             return None
@@ -162,7 +161,7 @@ class MessageReader:
 
 
 def _check_head(first: int, second: int) -> None:
-    """What the first two bytes of a client's frame must not be (5.2, 5.5)."""
+    """Raises ProtocolError for a violation in the first two bytes of a client's frame (5.2, 5.5)."""
     opcode = first & 0x0F
     if first & 0x70:
         raise ProtocolError(1002, "reserved bit set")
@@ -175,14 +174,14 @@ def _check_head(first: int, second: int) -> None:
 
 
 def _unmask(mask: bytes, data: bytearray) -> bytes:
-    """`data` with the client's mask taken off (5.3): one XOR of two long integers, as a loop takes milliseconds."""
+    """Remove the client's mask (5.3): one XOR of two long integers, because a loop would take milliseconds."""
     size = len(data)
     masks = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(data, "big") ^ int.from_bytes(masks, "big")).to_bytes(size, "big")
 
 
 def _decode_text(payload: bytes) -> str:
-    """The text of a message or close reason; ProtocolError 1007 if it is not UTF-8."""
+    """The text of a message or close reason. Raises ProtocolError 1007 if it is not UTF-8."""
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The past of each asset in memory, as the JSON text that /history sends.
+"""The price history of each asset in memory, as the JSON text that /history sends.
 
 No socket, no thread, no file: the server thread owns it. archive.py keeps a copy in a file.
 """
@@ -20,8 +20,8 @@ class Range(NamedTuple):
     step: int  # seconds
 
     @property
-    def most(self) -> int:
-        """Points that a series holds: with one more than fit, the range is covered at any moment of a step."""
+    def max_points(self) -> int:
+        """Points that a series holds: one more than fit, so that the range is covered at any moment of a step."""
         return self.seconds // self.step + 1
 
 
@@ -35,11 +35,11 @@ RANGES = (  # about 360 points each; a step is the key of its range, also in the
 
 Text = bytes | bytearray  # points with commas between them: [1800000000.123,45000.0],[1800000010.123,45001.5]
 Row = tuple[int, int, str, float, str]  # step, number of the step, asset, epoch seconds, price
-Forgotten = tuple[int, str, bytearray]  # step, asset, point: one that memory let go of
+Forgotten = tuple[int, str, bytearray]  # step, asset, point: one that memory no longer holds
 
 
 class Poll(NamedTuple):
-    """One poll, for the archive. It stays as it is, so another thread may take it apart."""
+    """One poll, for the archive. Nothing changes it, so that another thread may read it."""
 
     at: float
     prices: Mapping[str, str]
@@ -56,7 +56,7 @@ class Poll(NamedTuple):
 
 
 class Known(NamedTuple):
-    """All points of one range, for an archive that has just been opened. As text, because that is a quick copy."""
+    """All points of one range, for an archive that was just opened. As text, because copying that is quick."""
 
     step: int
     texts: dict[str, bytes]
@@ -73,7 +73,7 @@ class Known(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What a file has of one range: by asset, in the order of time, each step once. Made by `encode_point`."""
+    """What a file has of one range: by asset, points made by `encode_point` in the order of time, each step once."""
 
     step: int
     texts: dict[str, bytes]
@@ -85,15 +85,15 @@ def encode_point(at: float, price: str) -> bytes:
 
 
 def step_number(point: Text, step: int, begin: int = 0) -> int:
-    """The number of the step in which the point that begins there lies."""
+    """The number of the step of the point that begins at `begin`."""
     return int(_time(point, begin) // step)
 
 
 class History:
-    """The last points of each asset in each range. A series gives one up only when a newer one arrives.
+    """The last points of each asset in each range. A series drops one only when a newer one arrives.
 
-    Nothing goes because of what the clock says, because the clock may be wrong: what is older than its range
-    or ahead of the clock is not shown, and stays.
+    The clock drops nothing, because it may be wrong: points older than the range or ahead of the clock are kept,
+    and not shown.
 
     wall_clock: epoch seconds. Raises ValueError for ranges of which two have the same name or step.
     """
@@ -116,11 +116,11 @@ class History:
         self._by_step = {points.span.step: points for points in self._ranges.values()}
 
     def add(self, prices: Mapping[str, str], at: float) -> Poll:
-        """Note one poll, made `at` epoch seconds: prices by asset, as JSON text. Returns what the archive must write.
+        """Add one poll, made `at` epoch seconds: prices by asset, as JSON text. Returns what the archive must write.
 
         `prices` must not be changed afterwards.
         """
-        at = round(at, 3)  # as in the text, which alone is kept
+        at = round(at, 3)  # as in the text
         head = f"[{at:.3f},"
         points = {asset: f"{head}{price}]".encode() for asset, price in prices.items()}
         forgotten: list[Forgotten] = []
@@ -129,19 +129,19 @@ class History:
         return Poll(at, prices, tuple(self._by_step), forgotten)
 
     def load(self, loaded: Loaded) -> Known:
-        """Add what a file has, as older than all that is here, which wins on the same step.
+        """Add what a file has before what is here; on the same step, what is here wins.
 
-        Returns what the archive must write: what was here before.
+        Returns what the archive must write: what was here already.
         """
         return self._by_step[loaded.step].load(loaded)
 
     def describe(self) -> list[dict[str, Any]]:
-        """The ranges, as /healthz tells them; `since` is the time of the oldest point that is shown, or None."""
+        """The ranges, as /healthz shows them; `since` is the time of the oldest point that is shown, or None."""
         now = self._now()
         return [points.span._asdict() | {"since": points.since(now)} for points in self._ranges.values()]
 
     def answer(self, range_name: str, assets: Iterable[str]) -> list[bytes]:
-        """{"BTC":[[epoch_seconds,price],...],...} in pieces, which answers share until a point changes.
+        """{"BTC":[[epoch_seconds,price],...],...} in pieces, which responses share until a point changes.
 
         Raises KeyError for an unknown range or asset.
         """
@@ -161,15 +161,15 @@ class History:
 
 
 class _RangePoints:
-    """The points of all assets in one range. Those of the step under way are apart, as each poll replaces them."""
+    """The points of all assets in one range. Those of the current step are apart, because each poll replaces them."""
 
     def __init__(self, span: Range, assets: Iterable[str]):
         self.span = span
         self._series = {asset: _Series(span.step) for asset in assets}
         self._heads = {asset: f"{json.dumps(asset)}:[".encode() for asset in self._series}
-        self._slot: int | None = None  # the number of the step under way
+        self._slot: int | None = None  # the number of the current step
         self._current: dict[str, bytes] = {}  # its points
-        # What was answered since the last change, and from which pieces of text.
+        # By asset, since the last change: the member that was shown, and which pieces of text it is.
         self._members: dict[str, tuple[list[tuple[int, int]], bytes]] = {}
 
     def add(self, slot: int, points: dict[str, bytes]) -> list[Forgotten]:
@@ -177,7 +177,7 @@ class _RangePoints:
         if slot != self._slot:
             self._finish_step()
             self._slot = slot
-        most = self.span.most
+        most = self.span.max_points
         for asset in points.keys() - self._current.keys() if self._current else points:
             series = self._series[asset]
             if slot <= series.last or len(series.runs) > 1:
@@ -200,7 +200,7 @@ class _RangePoints:
         for asset, text in loaded.texts.items():
             series = self._series[asset]
             series.insert(text)
-            while series.count > self.span.most:
+            while series.count > self.span.max_points:
                 forgotten.append((self.span.step, asset, series.pop_first()))
         self._members.clear()
         return Known(self.span.step, known, forgotten)
@@ -241,9 +241,9 @@ class _RangePoints:
 
 
 class _Series:
-    """The points of one asset in one range, as text in the order of arrival. Each step stands there once.
+    """The points of one asset in one range, as text in the order of arrival, each step once.
 
-    `runs`: in each of these texts the time only rises. It is one, until a clock is set back.
+    `runs`: in each of these texts the time only rises. There is one, until a clock is set back.
     """
 
     __slots__ = ("_step", "count", "last", "runs")
@@ -269,39 +269,39 @@ class _Series:
         points = _split(text)
         if self.runs and points and (len(self.runs) > 1 or self._slot(points[-1]) >= self._slot(self.runs[0])):
             held = {point for run in self.runs for point in _split(run)}
-            points = [point for point in points if point not in held]  # mostly none is left: that is the quick way
+            points = [point for point in points if point not in held]  # mostly none is left, and parsing is slow
             slots = {self._slot(point) for point in held} if points else set()
             points = [point for point in points if self._slot(point) not in slots]
         if points:
             self.runs.insert(0, bytearray(b",".join(points)))
             self.count += len(points)
-            self._settle()
+            self._join_runs()
 
     def remove(self, slot: int) -> None:
-        """Take out the point of this step, if there is one."""
+        """Remove the point of this step, if there is one."""
         for run in self.runs:
             begin = _find_later(run, math.nextafter(slot * self._step, -math.inf))
             if begin < len(run) and self._slot(run, begin) == slot:
                 end = run.index(b"]", begin) + 1
                 del run[max(begin - 1, 0) if end == len(run) else begin : end + 1]
                 self.count -= 1
-        self._settle()
+        self._join_runs()
 
     def pop_first(self) -> bytearray:
-        """Take out the point that arrived first."""
+        """Remove the point that arrived first."""
         run = self.runs[0]
         end = run.index(b"]") + 1
         point = run[:end]
         del run[: end + 1]
         self.count -= 1
         if not run:
-            self._settle()
+            self._join_runs()
         return point
 
     def copy(self) -> bytes:
         return b",".join(self.runs)
 
-    def _settle(self) -> None:
+    def _join_runs(self) -> None:
         """Join runs whose times rise from one to the next, and note the last step."""
         runs = [run for run in self.runs if run]
         self.runs = runs[:1]
@@ -318,7 +318,7 @@ class _Series:
 
 
 def _time(text: Text, begin: int = 0) -> float:
-    """Epoch seconds of the point that begins there."""
+    """Epoch seconds of the point that begins at `begin`."""
     return float(text[begin + 1 : text.index(b",", begin)])
 
 
@@ -330,7 +330,7 @@ def _split(text: Text) -> list[bytes]:
 def _find_later(text: Text, moment: float) -> int:
     """Where the first point later than `moment` begins; the length of the text, or one more, when there is none."""
     low, high = 0, len(text)
-    for _ in range(3):  # mostly it is one of the first, which is found sooner than by halving
+    for _ in range(3):  # mostly it is one of the first three, which takes fewer steps than halving
         if low >= high or _time(text, low) > moment:
             return low
         low = text.index(b"]", low) + 2
@@ -344,7 +344,7 @@ def _find_later(text: Text, moment: float) -> int:
 
 
 def _find_within(text: Text, oldest: float, newest: float) -> tuple[int, int]:
-    """From where to where the points later than `oldest` stand, up to `newest`; begin >= end when there are none."""
+    """Begin and end of the points later than `oldest`, up to `newest`; begin >= end when there are none."""
     begin = 0 if _time(text) > oldest else _find_later(text, oldest)
     end = len(text) if _time(text, text.rindex(b"[")) <= newest else _find_later(text, newest) - 1
     return begin, end

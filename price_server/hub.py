@@ -1,7 +1,7 @@
 """Which connection is a client, what it gets, and when it is dropped: fan-out, admission, deadlines, stop.
 
-Everything here runs in the server thread. A connection is a visitor first, then a client, or it only takes
-its last bytes ("leaving").
+Everything here runs in the server thread. A connection is a visitor first. Then it becomes a client, or it is
+finishing: it only takes its last bytes.
 """
 
 import logging
@@ -27,7 +27,7 @@ from .status import Status
 from .transport import Transport, socket_room
 from .web import MAX_REQUEST, HttpError, NewClient, Response, Site
 
-OWN_FILES = 20  # descriptors that are no connection: logs, listener, selector, archive, CoinAPI
+OWN_FILES = 20  # descriptors that are not connections: logs, listener, selector, archive, CoinAPI
 SPARE_VISITORS = 30  # visitors that find room when the server is full of clients
 HEARTBEAT_INTERVAL = 20.0  # seconds; under the 60 s after which proxies close a silent connection
 MAX_UNANSWERED = 3  # heartbeats, so 60 s; counted, not timed: a machine that slept finds its clients again
@@ -44,8 +44,7 @@ logger = logging.getLogger(__name__)
 class Hub:
     """Serves the loop's events.
 
-    call_back: `call_back("new_client", client)`, or with a message; what it calls may do anything, and nothing
-        that it raises comes here.
+    call_back: `call_back("new_client", client)`, or with a message: runs user code, and raises nothing.
     make_handler: the 'handler' of a client's dict, which user code sees.
     on_housekeeping: called twice a second.
     """
@@ -69,17 +68,17 @@ class Hub:
         self._transport = Transport(loop, self)
         self.clients: dict[Connection, dict[str, Any]] = {}
         self._visitors: dict[Connection, None] = {}  # the oldest first
-        self._leaving: dict[Connection, None] = {}  # which take their last bytes; the oldest first
+        self._finishing: dict[Connection, None] = {}  # the oldest first; never clients
         self._last_id = 0
-        self._added = 0  # bytes that connections were given since those held were counted
-        self.deny_close: tuple[int, str | bytes] | None = None  # what new clients get at once; None: they are let in
-        self.stop_close: tuple[int, str | bytes] | None = (1001, "server is stopping")  # None: hang up without
+        self._added = 0  # bytes that connections were given since the last count of those held
+        self.deny_close: tuple[int, str | bytes] | None = None  # the close that new clients get at once; None: let in
+        self.stop_close: tuple[int, str | bytes] | None = (1001, "server is stopping")  # None: no close frame
         self._was_stale = False
         self._room = self._fit_clients()
         status.measure = self._measure
 
     def _fit_clients(self) -> float:
-        """Lower the number of clients to what there is room for. The room for all connections."""
+        """Lower the number of clients to what there is room for. Returns the room for all connections."""
         room, why = socket_room()
         most = max(room - OWN_FILES - SPARE_VISITORS, 1)
         if most < self._status.max_clients:
@@ -101,8 +100,8 @@ class Hub:
         self._transport.accept()
 
     def connection_made(self, connection: Connection) -> None:
-        others = self._visitors or self._leaving  # clients never take all the room
-        if others and len(self._visitors) + len(self._leaving) + len(self.clients) >= self._room:
+        others = self._visitors or self._finishing  # clients never take all the room
+        if others and len(self._visitors) + len(self._finishing) + len(self.clients) >= self._room:
             self._close(next(iter(others)))
         self._visitors[connection] = None
 
@@ -150,7 +149,7 @@ class Hub:
             return
         self._transport.close(connection)
         self._visitors.pop(connection, None)
-        self._leaving.pop(connection, None)
+        self._finishing.pop(connection, None)
         client = self.clients.pop(connection, None)
         if client is not None:
             assert connection.feed is not None
@@ -160,7 +159,7 @@ class Hub:
             logger.debug("client left, clients connected: %d", len(self.clients))
 
     def _drop(self, connection: Connection, reason: str) -> None:
-        """Close without a word; of a client the reason is counted."""
+        """Close a connection without a close frame; for a client the reason is counted."""
         if connection in self.clients:
             self._status.dropped[reason] += 1
             logger.debug("client dropped: %s", reason)
@@ -185,22 +184,22 @@ class Hub:
                 self._log.warn("full", f"full, clients connected: {len(self.clients)}; the next ones get 503")
         body = response.body
         pieces = [response.head, *body] if isinstance(body, list) else chain((response.head,), body)
-        self._let_leave(connection, pieces, DOWNLOAD_TIMEOUT)
+        self._finish(connection, pieces, DOWNLOAD_TIMEOUT)
 
-    def _let_leave(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
+    def _finish(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
         """Send a visitor its last bytes."""
         del self._visitors[visitor]
-        self._leaving[visitor] = None
+        self._finishing[visitor] = None
         visitor.finish_with(pieces, self._loop.clock() + seconds)
 
     def _admit(self, connection: Connection, new_client: NewClient) -> None:
         feed = self._prices.feeds[new_client.format]
         if self.deny_close:
             self._status.refused["denied"] += 1
-            connection.feed = feed  # so that it has a close's time to hang up
-            self._let_leave(connection, [new_client.head, feed.format.encode_close(*self.deny_close)], CLOSE_TIMEOUT)
+            connection.feed = feed  # makes it linger for the rest of CLOSE_TIMEOUT, as after a close
+            self._finish(connection, [new_client.head, feed.format.encode_close(*self.deny_close)], CLOSE_TIMEOUT)
             return
-        # First, because a client that is gone already never came.
+        # First, because a peer that is gone already must not become a client.
         sent = self._transport.send(connection, new_client.head + feed.snapshot(new_client.assets))
         del self._visitors[connection]
         connection.become_client(feed, new_client.assets)
@@ -245,9 +244,9 @@ class Hub:
     def disconnect(self, connections: Iterable[Connection], status: int, reason: str | bytes) -> None:
         """Send these clients a close as the last bytes."""
         for connection in connections:
-            self.attempt(self._say_goodbye, connection, status, reason)
+            self.attempt(self._send_close, connection, status, reason)
 
-    def _say_goodbye(self, connection: Connection, status: int, reason: str | bytes) -> None:
+    def _send_close(self, connection: Connection, status: int, reason: str | bytes) -> None:
         if connection.state is State.CLIENT and connection.feed:
             last = connection.feed.format.encode_close(status, reason)
             connection.finish_with([last], self._loop.clock() + CLOSE_TIMEOUT)
@@ -264,7 +263,7 @@ class Hub:
         new = set(assets)
         joined: dict[tuple[Feed | None, tuple[str, ...]], tuple[tuple[str, ...], bytes]] = {}
         messages = 0
-        # One loop with its fast path inline: each operation that is added counts 8,000 times.
+        # One loop with its fast path inline: each operation costs 8,000 times.
         for connection in list(self.clients):
             part = joined.get((connection.feed, connection.assets))
             if part is None:
@@ -302,7 +301,7 @@ class Hub:
 
     def _close_overdue(self) -> None:
         now = self._loop.clock()
-        for connection in self._everyone():
+        for connection in self._all_connections():
             if reason := connection.find_overdue(now):
                 self._drop(connection, reason)
 
@@ -317,7 +316,7 @@ class Hub:
         self._send_some_heartbeats(iter(list(self.clients)))
 
     def _send_some_heartbeats(self, connections: Iterator[Connection]) -> None:
-        """In slices, because 8,000 in one step would delay everything else."""
+        """In slices, because 8,000 at once would delay everything else."""
         some = list(islice(connections, HEARTBEATS_AT_ONCE))
         for connection in some:
             self.attempt(self._send_heartbeat, connection)
@@ -337,51 +336,51 @@ class Hub:
     # What is held
 
     def _count_added(self, size: int) -> None:
-        """Bytes were given to a connection: from time to time look whether all together hold too much."""
+        """Note bytes given to a connection. After each 16 MiB, drop the largest holders if all hold too much."""
         self._added += size
         if self._added < RECOUNT_AFTER:
             return
         self._added = 0
-        if held_bytes(self._everyone()) <= MAX_HELD:
+        if held_bytes(self._all_connections()) <= MAX_HELD:
             return
         self._log.warn("memory", f"over {MAX_HELD} bytes are held for connections: the largest holders are dropped")
-        for connection in largest_holders(self._everyone(), MAX_HELD):
+        for connection in largest_holders(self._all_connections(), MAX_HELD):
             self._drop(connection, "memory")
 
     def _measure(self) -> None:
         """Bring the gauges of /metrics up to date."""
-        self._status.visitors = len(self._visitors) + len(self._leaving)
-        self._status.held_bytes = held_bytes(self._everyone())
+        self._status.visitors = len(self._visitors) + len(self._finishing)
+        self._status.held_bytes = held_bytes(self._all_connections())
         self._status.batch_seconds_max = self._loop.longest_batch()
 
-    def _everyone(self) -> list[Connection]:
-        return [*self._visitors, *self._leaving, *self.clients]
+    def _all_connections(self) -> list[Connection]:
+        return [*self._visitors, *self._finishing, *self.clients]
 
     # The stop
 
     def begin_stop(self) -> None:
-        """Take no more connections; tell the clients, and leave the downloads their time."""
+        """Accept no more connections, and send the clients a close; downloads go on."""
         self._transport.close_listener()
         for connection in list(self._visitors):
             self._close(connection)
         if self.stop_close is None:
-            for connection in self._everyone():
+            for connection in self._all_connections():
                 self._close(connection)
         else:
             self.disconnect(list(self.clients), *self.stop_close)
 
     def is_drained(self) -> bool:
-        return not self.clients and not self._leaving
+        return not self.clients and not self._finishing
 
     def end(self) -> None:
-        for connection in self._everyone():
+        for connection in self._all_connections():
             self._close(connection)
         self._transport.close_listener()
         self._on_end()
 
 
 def _join(connection: Connection, new: set[str]) -> tuple[tuple[str, ...], bytes]:
-    """The assets that this client is to get now, and their messages in one."""
+    """The assets whose new price this client is to get, and their messages joined."""
     if connection.feed is None:
         return (), b""
     messages = connection.feed.messages
@@ -390,7 +389,7 @@ def _join(connection: Connection, new: set[str]) -> tuple[tuple[str, ...], bytes
 
 
 def _address_of(connection: Connection, new_client: NewClient) -> str:
-    """Whose client it is: a proxy on this machine tells."""
+    """The address of the client's user, for the log: as a proxy on this machine says, or the peer's."""
     host = str(connection.address[0])
     forwarded = "".join(char for char in new_client.forwarded_for[:100] if char.isprintable())
     return forwarded if forwarded and (host.startswith("127.") or host == "::1") else host

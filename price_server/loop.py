@@ -1,8 +1,8 @@
 """A selector, and functions handed over by other threads. Knows nothing of clients.
 
-The thread that runs the loop owns everything that its handler serves, so none of it needs a lock. What other
-threads want is handed over as a function. Those run in one place, `_between_batches`: never inside one another
-or in the middle of another step.
+The thread that runs the loop owns everything that its handler serves, so none of it needs a lock. Other threads
+hand over functions. These run in one place, `_between_batches`: never inside one another or in the middle of
+another step.
 """
 
 import heapq
@@ -18,13 +18,13 @@ from enum import Enum, auto
 from itertools import count
 from typing import Any, Protocol
 
-BATCH_EVENTS = 256  # events until functions of other threads have their turn
-BATCH_SECONDS = 0.05  # or so long
+BATCH_EVENTS = 256  # events until functions of other threads have their turn,
+BATCH_SECONDS = 0.05  # or seconds, whichever comes first
 CALL_TIMEOUT = 10.0  # seconds that another thread waits for its function
 STOP_TIMEOUT = 1.0  # seconds that a stop waits until the handler is drained
-MAX_SELECT = 0.5  # seconds: a clock that a test advances is looked at so often
+MAX_SELECT = 0.5  # seconds of one `select`: timers that a test's clock makes due are noticed within them
 WARNING_PAUSE = 60.0  # seconds without a kind of trouble until it is logged again
-LAG_WINDOW = 60.0  # seconds that the longest batch is remembered
+BATCH_WINDOW = 60.0  # seconds that the longest batch is remembered
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Handler(Protocol):
         """A socket that was registered with `data` is ready."""
 
     def after_events(self) -> None:
-        """All events of one `select` have been served."""
+        """Every event of one `select` was served."""
 
     def begin_stop(self) -> None:
         """A stop was asked for."""
@@ -104,7 +104,7 @@ class Loop:
     def call_soon(self, function: Callable[[], Any]) -> None:
         """Have a function run in the loop's thread, and do not wait. What it raises is logged.
 
-        Before the start that is the thread which made the loop; what another one hands over waits for the start.
+        Before the start, the thread that made the loop runs it at once; a function of another waits for the start.
         """
         if self.state is State.ENDED or (self.state is State.BEFORE and self.in_loop_thread()):
             _log_errors(function)
@@ -112,20 +112,20 @@ class Loop:
             self._queue(lambda: _log_errors(function))
 
     def call_later(self, seconds: float, function: Callable[[], Any]) -> None:
-        """Have a function run in the loop's thread after so long. For the loop's thread, or before the start."""
+        """Have a function run in the loop's thread after these seconds. For that thread, or before the start."""
         heapq.heappush(self._timers, (self.clock() + seconds, next(self._timer_numbers), function))
 
     def stop(self) -> None:
-        """Have the handler begin its stop, and the loop end when that is drained, or after a second.
+        """Have the handler begin its stop, and the loop end when the handler is drained, or after a second.
 
-        It goes before the functions that wait. Another thread waits until the loop has ended.
+        The stop begins before any function that waits. Another thread that calls this waits for the end, at most 2 s.
         """
         self.request_stop()
         if not self.in_loop_thread():
             self.ended.wait(2 * STOP_TIMEOUT)
 
     def request_stop(self) -> None:
-        """The same without waiting; a signal handler may call it."""
+        """`stop` without waiting; a signal handler may call it."""
         self._stop_requested = True
         self._wake()
 
@@ -133,8 +133,8 @@ class Loop:
         return threading.get_ident() == self._thread_id
 
     def longest_batch(self) -> float:
-        """Seconds of the longest step of the last 60 s during which no function of another thread could run."""
-        while self._batches and self._batches[0][0] < time.monotonic() - LAG_WINDOW:
+        """Seconds of the longest batch of the last 60 s: no function of another thread could run meanwhile."""
+        while self._batches and self._batches[0][0] < time.monotonic() - BATCH_WINDOW:
             self._batches.popleft()
         return self._batches[0][1] if self._batches else 0.0
 
@@ -143,7 +143,7 @@ class Loop:
         self._calls.append((function, future))
         self._wake()
         if self.state is State.ENDED:
-            self._release_calls()  # the loop ended meanwhile, and may not have seen this one
+            self._release_calls()  # the loop ended meanwhile, and may have missed this call
         return future
 
     def _wake(self) -> None:
@@ -175,7 +175,7 @@ class Loop:
             self._end(handler)
 
     def close(self, handler: Handler) -> None:
-        """The end of a loop that never ran."""
+        """End a loop that never ran; any other is left alone."""
         if self.state is State.BEFORE:
             self._end(handler)
 
@@ -217,7 +217,7 @@ class Loop:
     def _begin_requested_stop(self, handler: Handler) -> None:
         if self._stop_requested and not self.stopping:
             self.stopping = True
-            self._stop_deadline = time.monotonic() + STOP_TIMEOUT  # real time: whatever clock was given, it ends
+            self._stop_deadline = time.monotonic() + STOP_TIMEOUT  # not by `clock`, which may be a test's
             handler.begin_stop()
 
     def _note_batch(self) -> None:
@@ -226,7 +226,7 @@ class Loop:
         while self._batches and self._batches[-1][1] <= seconds:
             self._batches.pop()
         self._batches.append((now, seconds))
-        if self._batches[0][0] < now - LAG_WINDOW:
+        if self._batches[0][0] < now - BATCH_WINDOW:
             self._batches.popleft()
 
     def _end(self, handler: Handler) -> None:
@@ -242,7 +242,7 @@ class Loop:
             self.ended.set()
 
     def _release_calls(self) -> None:
-        """Nobody may wait for a loop that has ended. The loop and a caller may both be here at once."""
+        """Run the calls left at the end, because their callers wait. Two threads may do this at once."""
         try:
             while True:
                 _run_call(*self._calls.popleft())
@@ -251,11 +251,11 @@ class Loop:
 
 
 class RateLimitedLog:
-    """Logs trouble that others can cause at will: once, and again only after a minute without it."""
+    """Logs trouble that a peer can cause at will: once, and again only after a minute without it."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
-        self._last: dict[str, float] = {}  # when each kind of trouble was last met
+        self._last: dict[str, float] = {}  # when each kind of trouble last occurred
 
     def warn(self, kind: str, message: str, error: BaseException | None = None) -> None:
         now = self._clock()

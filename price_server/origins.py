@@ -1,6 +1,6 @@
-"""Which web origins may read: the feed, the HTTP answers, and who may frame the page.
+"""Which web origins may read the feed and the HTTP responses, and may frame the page.
 
-An origin is what a browser or an app sends in the header Origin, written as RFC 6454 says; all may be in any case.
+An origin is what a browser or an app sends in the header Origin (RFC 6454). Upper and lower case are the same.
 """
 
 import re
@@ -13,9 +13,9 @@ DEFAULT_PORTS = {"http": "80", "https": "443"}  # browsers leave them out
 
 
 def check_origin(text: str) -> str:
-    """An origin to be allowed, as browsers send it; `scheme://*` stands for all of a scheme that is not the web's.
+    """An origin to be allowed, as browsers send it. `scheme://*` allows all of a scheme other than http and https.
 
-    Raises ValueError, one line that names the text, for anything else.
+    Raises ValueError, whose text is one line that names what was given, for anything else.
     """
     origin = text.strip().lower()
     if origin == "null":
@@ -46,7 +46,7 @@ class Origins:
         self.is_restricted = bool(origins)
         self._exact = frozenset(origins)
         self._schemes = frozenset(each.removesuffix("*") for each in origins if each.endswith("://*"))
-        # What is neither of the web nor a scheme (`null`) would be ignored by browsers.
+        # Without `null`, which browsers would ignore there.
         ancestors = [_frame_source(each) for each in origins if each != "null"]
         self.frame_ancestors = " ".join(["frame-ancestors 'self'", *dict.fromkeys(ancestors)])
 
@@ -62,6 +62,6 @@ class Origins:
 
 
 def _frame_source(origin: str) -> str:
-    """An origin as Content-Security-Policy names it."""
+    """An origin as a source in Content-Security-Policy: other schemes than the web's have no host there."""
     scheme = origin.partition("://")[0]
     return origin if scheme in DEFAULT_PORTS else f"{scheme}:"

@@ -1,4 +1,4 @@
-"""What one connection that is behind still has to be sent. No I/O.
+"""What is still to be sent to one connection. No I/O.
 
 First come the pieces that must go out as they are: the rest of a message that is partially sent, a pong,
 an HTTP response. Then come the assets whose current price is to follow. Prices never queue up: a client
@@ -56,17 +56,17 @@ class Outbox:
         self._take_upcoming()
 
     def mark_stale(self, assets: Iterable[str]) -> None:
-        """Let the current price of these assets follow, after those that wait already: it goes on where it stopped."""
+        """Have the current price of these assets sent after those that wait already: each asset gets its turn."""
         waiting = set(self.stale_assets)  # a set, because 400 assets would take a millisecond for each slow client
         self.stale_assets += tuple(asset for asset in assets if asset not in waiting)
 
     def keep_only(self, assets: Iterable[str]) -> None:
-        """Forget the stale assets that are not among these."""
+        """Remove the stale assets that are not among these."""
         followed = set(assets)
         self.stale_assets = tuple(asset for asset in self.stale_assets if asset in followed)
 
     def split_unsent(self, assets: tuple[str, ...], sent: int, messages: Mapping[str, bytes]) -> int:
-        """The socket took `sent` bytes of the messages of `assets`: keep what is missing.
+        """The socket took `sent` bytes of the messages of `assets`; keep the rest.
 
         The rest of the message that is partially sent must go out as it is; the assets after it are stale.
         Returns how many messages are begun.
@@ -124,7 +124,7 @@ class Outbox:
         return uncounted
 
     def _take_upcoming(self) -> bool:
-        """Add the next piece of the body, or say that there is none."""
+        """Add the next piece of the body. Returns whether there was one."""
         for piece in self._upcoming:
             if piece:
                 self.enqueue(piece)

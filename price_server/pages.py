@@ -1,7 +1,7 @@
 """The files of the page: a path to the bytes that a browser gets.
 
-A file put into the folder is served under its name, in folders inside it too: that is how another page is added.
-Nothing outside the folder is served, and no name that begins with a dot.
+To add a page, put a file into the folder, or into a folder in it: it is served under its name. Nothing outside the
+folder is served, and no name that begins with a dot.
 """
 
 import gzip
@@ -41,7 +41,7 @@ TYPES = {  # Python's `mimetypes` reads the registry on Windows, where .js may b
 UNKNOWN_TYPE = "application/octet-stream"
 COMPRESSED_TYPES = re.compile(r"text/.*|application/(manifest\+)?json|image/svg\+xml")
 MAX_FILE = 4 << 20  # bytes; a larger file is not served: reading it would delay every client
-MAX_COMPRESSED = 1 << 20  # bytes before compression, which takes about 30 ms for as many
+MAX_COMPRESSED = 1 << 20  # bytes of a file that is compressed; that takes about 30 ms
 MAX_CACHE = 16 << 20  # bytes of all files in memory
 
 
@@ -121,7 +121,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _read(file: str) -> tuple[PageFile, PageFile | None]:
-    """A file as it is, and compressed where that is worth it."""
+    """A file as it is, and compressed where that is smaller."""
     with open(file, "rb") as stream:
         body = stream.read(MAX_FILE)
     content_type = TYPES.get(os.path.splitext(file)[1].lower(), UNKNOWN_TYPE)

@@ -1,7 +1,7 @@
 """PriceServer, a WebsocketServer: what other threads may call.
 
 Each method hands a function to the loop, whose thread owns the connections, the prices and the counters; see
-"Threads" in tracker.py. What the methods do is in hub.py.
+"The threads" in tracker.py. What the methods do is in hub.py.
 """
 
 import json
@@ -38,7 +38,7 @@ class PriceServer(WebsocketServer):
     """Sends prices to every client; `run_forever(threaded=True)` starts it.
 
     assets: ids in the order in which every client gets them. interval: seconds between two polls.
-    history_file: where the past is kept; None for memory alone.
+    history_file: keeps the price history over restarts; None for memory only.
     clock: steady seconds, for deadlines; age_clock: seconds that go on while the machine sleeps; wall_clock: epoch
     seconds.
 
@@ -113,7 +113,7 @@ class PriceServer(WebsocketServer):
     # Prices
 
     def publish(self, updates: Iterable[Update]) -> list[str]:
-        """Send a successful poll's prices to every client, and return then; no client can block it. Any thread.
+        """Send a poll's prices to every client, and return when that is done; no client can block it. Any thread.
 
         Returns the assets that were sent. An update that is not sound (see prices.py) is dropped and named in the
         log. Raises TimeoutError when a callback blocks the server thread.
@@ -179,13 +179,13 @@ class PriceServer(WebsocketServer):
     def follow(self, client: Client, assets: Iterable[str]) -> None:
         """Set what a client follows, and send it the current price of what is new to it. Any thread.
 
-        Nothing happens for a client that has left. Raises ValueError for an asset that is not tracked.
+        Does nothing for a client that has left. Raises ValueError for an asset that is not tracked.
         """
         followed = self._prices.choose(assets)
         self._loop.call(lambda: self._hub.follow(client["handler"].connection, followed))
 
     def message_received(self, client: Client, server: WebsocketServer, message: str | bytes) -> None:
-        """What a client's message does while no other function is set: see commands.py."""
+        """What a client's message does until `set_fn_message_received` sets something else: see commands.py."""
         if not is_command(message):
             return
         connection = client["handler"].connection
@@ -228,7 +228,7 @@ class PriceServer(WebsocketServer):
 
     @staticmethod
     def files_needed(max_clients: int) -> int:
-        """Descriptors that a server with so many clients needs."""
+        """File descriptors that a server needs for this number of clients."""
         return max_clients + OWN_FILES + SPARE_VISITORS
 
     @property
@@ -266,13 +266,13 @@ class PriceServer(WebsocketServer):
         self._shut_down(self._hub.stop_close)
 
     def server_close(self) -> None:
-        """The base class calls this too, when it cannot bind its socket."""
+        """Also called by the base class when it cannot bind its socket."""
         self._shut_down(self._hub.stop_close)
         if self.has_ended:
-            self.socket.close()  # one that never listened, too
+            self.socket.close()  # even one that never listened
 
     def _shut_down(self, close: tuple[int, str | bytes] | None) -> None:
-        """close: what every client gets; None to hang up without."""
+        """close: status and reason of the close that every client gets; None for none."""
         self._hub.stop_close = close
         if self._loop.state is State.BEFORE:
             self._loop.close(self._hub)
@@ -304,10 +304,7 @@ class PriceServer(WebsocketServer):
 
 
 class ClientHandler:
-    """The 'handler' in a client's dict: what may be done to one client, from any thread.
-
-    For a client that has left it does nothing.
-    """
+    """The 'handler' in a client's dict: acts on one client, from any thread. Does nothing for one that has left."""
 
     __slots__ = ("_server", "connection")
 
@@ -335,7 +332,7 @@ def _checked_close(status: int, reason: str | bytes) -> tuple[int, str | bytes]:
 
 
 def _stop_on_interrupt(stop: Callable[[], None]) -> Callable[[], Any]:
-    """In the main thread ^C is a stop: raised, it could end a step half-way. Returns what restores the handler."""
+    """In the main thread, make ^C a stop: KeyboardInterrupt could end a step half-way. Returns what undoes this."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
         return lambda: None

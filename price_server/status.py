@@ -227,7 +227,7 @@ class Status:
         yield gauge("build_info", "Always 1; its labels say what runs.", {labels: 1})
 
     def _count_open_files(self) -> int:
-        """With few connections, counted by the system; with many, the connections and the last number of other files."""
+        """As the system lists them; with many connections, these and as many other files as at the last listing."""
         connections = self.client_count + self.visitors
         if connections <= MAX_LISTED:
             try:

@@ -1,6 +1,6 @@
 """Moves bytes between sockets and connections: accept, receive, send, what to wait for, room for sockets.
 
-What the bytes mean is not known here. Everything runs in the loop's thread.
+Knows nothing of what the bytes mean. Everything runs in the loop's thread.
 """
 
 import errno
@@ -21,8 +21,8 @@ VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most reques
 SEND_TURN = 128 << 10  # bytes sent to one peer in one turn: a CSV is made as fast as the peer takes it
 SEND_BUFFER = 32 << 10  # bytes; by default a client that stopped reading absorbs hours of old prices
 RECEIVE_BUFFER = 16 << 10  # bytes
-USER_TIMEOUT = 60_000  # milliseconds until a peer that acknowledges nothing is given up, where the system has that
-SELECT_ROOM = 512  # sockets that Windows' select takes
+USER_TIMEOUT = 60_000  # milliseconds until a peer that acknowledges nothing is given up, where the system supports it
+SELECT_ROOM = 512  # sockets that `select` takes on Windows
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 FIN_FOLLOWS = getattr(socket, "MSG_MORE", 0)  # on Linux: the last bytes and the FIN after them share a packet
@@ -63,7 +63,7 @@ class ConnectionHandler(Protocol):
     def eof_received(self, connection: Connection) -> None: ...
     def ready_to_send(self, connection: Connection) -> None: ...
     def attempt(self, step: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
-        """Run a step of this connection: what goes wrong in it ends this connection only."""
+        """Run a step of this connection: an error in it ends this connection only."""
 
     def accept_failed(self, reason: str) -> None: ...
 
@@ -107,7 +107,7 @@ class Transport:
             self._listener = None
 
     def accept(self) -> None:
-        """Accept the connections that wait, up to 32 or for 50 ms, and take what they have sent."""
+        """Accept the connections that wait, at most 32 and for 50 ms, and receive what they have sent."""
         began = time.monotonic()
         for number in range(ACCEPT_AT_ONCE):
             if not (self._listener and self._listening) or (number and time.monotonic() > began + ACCEPT_SECONDS):
@@ -118,7 +118,7 @@ class Transport:
                 return
             except OSError as error:
                 if error.errno in NO_DESCRIPTOR:
-                    # It stays in the kernel's queue, and select would return at once: no spinning until housekeeping.
+                    # The connection stays in the kernel's queue, and `select` would return at once, again and again.
                     self.pause_listening()
                     self._handler.accept_failed(error.strerror or str(error))
                 return
@@ -126,14 +126,14 @@ class Transport:
             connection = Connection(self._loop.clock())
             connection.socket, connection.address, connection.watched = sock, address, 0
             self._handler.connection_made(connection)
-            self._handler.attempt(self.receive, connection)  # the request is mostly here by now
+            self._handler.attempt(self.receive, connection)  # usually the request has arrived already
             if connection.state is State.VISITOR:
                 self._handler.attempt(self._watch, connection, READ)
 
     # One connection
 
     def receive(self, connection: Connection) -> None:
-        """Take one turn's worth of what arrived. Raises OSError when the connection is broken."""
+        """Receive as much as one turn allows. Raises OSError when the connection is broken."""
         try:
             data = connection.socket.recv(VISITOR_TURN if connection.state is State.VISITOR else CLIENT_TURN)
         except BlockingIOError:
@@ -170,13 +170,13 @@ class Transport:
         return begun
 
     def update_interest(self, connection: Connection) -> None:
-        """Wait for room while something is pending, and for data otherwise: so no pongs pile up."""
+        """Wait for room while something is pending, and for data otherwise: pongs to a slow client must not pile up."""
         self._watch(connection, WRITE if connection.outbox else READ)
 
     def _watch(self, connection: Connection, events: int) -> None:
         if connection.watched == events or connection.state is State.ENDED:
             return
-        before, connection.watched = connection.watched, 0  # what a selector fails at is not in it any more
+        before, connection.watched = connection.watched, 0  # after an error the selector has the socket no more
         if before:
             self._loop.modify(connection.socket, events, connection)
         else:

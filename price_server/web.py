@@ -1,6 +1,7 @@
 """One HTTP request to one response, or to a new client.
 
-No socket, no connection, no thread: bytes in, and what is to be sent out. The server thread owns a `Site`.
+No socket, no connection, no thread: the bytes of a request in, a `Response` or `NewClient` out. The server thread owns
+a `Site`.
 """
 
 import base64
@@ -52,7 +53,7 @@ class Response(NamedTuple):
     """A whole HTTP response, the last thing that its connection gets."""
 
     head: bytes
-    body: Iterable[bytes]  # a list whose pieces may be shared by many, or an iterator that makes them when taken
+    body: Iterable[bytes]  # a list, whose pieces many responses may share, or an iterator that makes each when taken
     status: int
     refused: str = ""  # why a request for the feed got no client
 
@@ -63,7 +64,7 @@ class NewClient(NamedTuple):
     head: bytes
     format: str  # the name of one of formats.FORMATS
     assets: tuple[str, ...]  # that it follows
-    forwarded_for: str  # what a proxy says of its address
+    forwarded_for: str  # the header X-Forwarded-For
 
 
 class HttpError(Exception):
@@ -82,8 +83,8 @@ class HttpError(Exception):
 class Request:
     """The head of a request: RFC 9112, 2 to 5.
 
-    The standard library parses a head as an e-mail, which takes as long as the rest of a response, and silently
-    leaves out what follows a malformed line.
+    The standard library parses a head as an e-mail: that takes as long as all else that a response needs, and silently
+    drops what follows a malformed line.
     """
 
     def __init__(self, head: bytes):
@@ -93,7 +94,7 @@ class Request:
         self._fields: dict[str, list[str]] | None = None
 
     def parse(self) -> None:
-        """Raises HttpError for a request that this server does not answer."""
+        """Set `method`, `version`, `path` and `query`. Raises HttpError for a malformed or unsupported request."""
         if not (line := REQUEST_LINE.fullmatch(self._lines[0])):
             raise HttpError(400, f"not a request line: {self._lines[0][:40]!r}")
         self.method, target, self.version = line.groups("1.1")
@@ -104,7 +105,7 @@ class Request:
             message = f"method {self.method[:20]} is not supported, only GET, HEAD and OPTIONS"
             raise HttpError(405, message, Allow=", ".join(METHODS))
         try:
-            # Two slashes would be taken for the start of a host.
+            # urlsplit would take what follows two slashes for a host.
             url = urlsplit("/" + target.lstrip("/") if target.startswith("//") else target)
         except ValueError:
             raise HttpError(400, "the request target is not a URL") from None
@@ -121,15 +122,15 @@ class Request:
             self._headers.setdefault(header[1].lower(), []).append(header[2].strip(" \t"))
 
     def all(self, header: str) -> list[str]:
-        """The value of each header of this name, which is given in lower case."""
+        """The values of the headers of this name, which is given in lower case."""
         return self._headers.get(header, [])
 
     def first(self, header: str) -> str:
-        """The value of the first of them, or "" without one."""
+        """The value of the first header of this name; "" without one."""
         return self._headers[header][0] if header in self._headers else ""
 
     def tokens(self, header: str) -> list[str]:
-        """The items of a header that is a list, in lower case."""
+        """The items, in lower case, of a header whose value is a list."""
         return [token.strip().lower() for token in ",".join(self.all(header)).split(",")]
 
     def fields(self, name: str) -> list[str]:
@@ -157,9 +158,9 @@ def find_end(buffer: bytearray, searched: int) -> int:
 
 
 class Site:
-    """The paths of one server and what is behind them.
+    """The paths of one server, and the response at each.
 
-    allow_origins: the web origins that may read; without any, all may. Raises ValueError for what is not an origin.
+    allow_origins: the web origins that may read; none for all. Raises ValueError for what is not an origin.
     folder: the page's files.
     """
 
@@ -180,7 +181,7 @@ class Site:
         self._ranges = [each["name"] for each in history.describe()]
 
     def respond(self, head: bytes) -> Response | NewClient:
-        """What a request, given by its complete head, gets."""
+        """The response to a request, given its complete head."""
         request = Request(head)
         try:
             request.parse()
@@ -191,7 +192,7 @@ class Site:
             return self.refuse(error, request)
 
     def refuse(self, error: HttpError, request: Request | None = None) -> Response:
-        """The response to a request that cannot be fulfilled; without a request, to one that was never complete."""
+        """The response for an error; without a request, for one whose head was too large."""
         body = json.dumps({"error": str(error)}).encode()
         response = self._send(request, body, status=error.status, headers=error.headers)
         return response._replace(refused=error.refused)
@@ -279,7 +280,7 @@ class Site:
                 raise HttpError(400, f"unknown format {other[:40]!r}: there are json, csv")
 
     def _requested_assets(self, request: Request, refused: str = "") -> tuple[str, ...]:
-        """The assets of `?assets=` in tracked order; all when it is not there."""
+        """The assets of `?assets=` in tracked order; all without it. refused: as in HttpError."""
         values = request.fields("assets")
         if not values:
             return self.prices.assets
@@ -318,7 +319,7 @@ class Site:
         return Response(self._head(request, 204, "", length=None, headers=headers), [], 204)
 
     def _may_read(self, request: Request) -> bool:
-        """Only browsers send an origin, and hold back what its page may not read."""
+        """Whether the request's origin may read. Without that header it is not a browser's, and may."""
         return not request.all("origin") or self.origins.allow(request.first("origin"), request.first("host"))
 
     # HTTP
@@ -338,7 +339,7 @@ class Site:
     def _head(
         self, request: Request | None, status: int, content_type: str, length: int | None, headers: dict[str, str]
     ) -> bytes:
-        """content_type: "" for none. length: of the body; None for none, or where only the end of it tells."""
+        """content_type: "" for none. length: of the body; None for none, or for one that ends with the connection."""
         fields = {
             "Server": "price-server",
             "Date": _date(int(time.time())),

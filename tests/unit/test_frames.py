@@ -49,7 +49,7 @@ def read(*chunks: bytes) -> list[Message]:
     reader, messages = MessageReader(), list[Message]()
     try:
         for chunk in chunks:
-            reader.feed(chunk)
+            reader.receive_data(chunk)
             messages += reader.read()
     except ProtocolError as error:
         messages.append((error.code, str(error)))
@@ -99,13 +99,13 @@ def test_a_control_frame_between_fragments_comes_at_once() -> None:  # 5.6 to 5.
         (frame(CONT, b"2", fin=False) + frame(PONG, b"pong") + frame(CLOSE), [(PONG, b"pong"), (CLOSE, b"")]),
         (frame(CONT, b"3") + frame(CONT, b"stray")[:1], [(TEXT, "123")]),
     ):
-        reader.feed(sent)
+        reader.receive_data(sent)
         assert list(reader.read()) == came
 
 
 def test_reading_may_be_left_behind_a_message_and_go_on_later() -> None:
     reader = MessageReader()
-    reader.feed(frame(TEXT, b"one") + fragments(TEXT, b"t", b"wo") + frame(PING, b"three") + frame(TEXT)[:3])
+    reader.receive_data(frame(TEXT, b"one") + fragments(TEXT, b"t", b"wo") + frame(PING, b"three") + frame(TEXT)[:3])
     assert [next(reader.read()) for _ in range(3)] == [(TEXT, "one"), (TEXT, "two"), (PING, b"three")]
     assert list(reader.read()) == []
     assert not reader.is_idle
@@ -159,7 +159,7 @@ def test_what_waits_for_more_is_counted_until_it_is_whole() -> None:
         (last[-1:], 0, True),
         (frame(BINARY, b"x" * 200)[:-50], 8 + 150, False),
     ):
-        reader.feed(sent)
+        reader.receive_data(sent)
         list(reader.read())
         assert (reader.held, reader.is_idle) == (held, idle)
 

@@ -41,7 +41,7 @@ def year(now: float = NOON) -> Past:
     """A past that is full: the price of a point is how many steps old it was."""
     past = Past("BTC", now=now)
     for span in RANGES:
-        numbers = range(span.most - 1, -1, -1)
+        numbers = range(span.max_points - 1, -1, -1)
         points = [encode_point(now - number * span.step, str(number)) for number in numbers]
         past.load(Loaded(span.step, {"BTC": b",".join(points)}))
     return past
@@ -259,7 +259,7 @@ class Model:
         self.trim()
 
     def trim(self) -> None:
-        while len(self.points) > self.span.most:
+        while len(self.points) > self.span.max_points:
             self.let_go.append(next(iter(self.points)))
             del self.points[self.let_go[-1]]
 
