@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from .connection import Connection, State
 from .loop import Loop
 
-ACCEPT_AT_ONCE = 32  # connections of one round,
+ACCEPT_AT_ONCE = 256  # connections of one round: with fewer, a long round would let the kernel's queue overflow
 ACCEPT_SECONDS = 0.05  # or as many as come in so long: each may bring commands, or ask for the past
 CLIENT_TURN = 512  # bytes received from a client in one turn: 85 pings
 VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most requests
@@ -107,7 +107,7 @@ class Transport:
             self._listener = None
 
     def accept(self) -> None:
-        """Accept the connections that wait, at most 32 and for 50 ms, and receive what they have sent."""
+        """Accept the connections that wait, at most 256 and for 50 ms, and receive what they have sent."""
         began = time.monotonic()
         for number in range(ACCEPT_AT_ONCE):
             if not (self._listener and self._listening) or (number and time.monotonic() > began + ACCEPT_SECONDS):
