@@ -67,6 +67,7 @@ class Loop:
         self.stopping = False  # whether the stop has begun
         self.started, self.ended = threading.Event(), threading.Event()
         self._thread_id = threading.get_ident()
+        self._once = threading.Lock()  # whoever gets it runs the loop, or ends one that never ran
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
         self._timer_numbers = count()
@@ -156,7 +157,7 @@ class Loop:
 
     def run(self, handler: Handler) -> None:
         """Serve the handler until a stop. One round: wait, run what was handed over, serve the events in batches."""
-        if self.state is not State.BEFORE:
+        if not self._once.acquire(blocking=False):
             raise RuntimeError("this server has run already: make another one")
         self._thread_id = threading.get_ident()
         self.state = State.RUNNING
@@ -175,9 +176,11 @@ class Loop:
             self._end(handler)
 
     def close(self, handler: Handler) -> None:
-        """End a loop that never ran; any other is left alone."""
-        if self.state is State.BEFORE:
+        """End a loop that never ran; stop one that another thread has just started."""
+        if self._once.acquire(blocking=False):
             self._end(handler)
+        else:
+            self.stop()
 
     def _may_end(self, handler: Handler) -> bool:
         return self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)

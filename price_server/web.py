@@ -111,7 +111,7 @@ class Request:
             raise HttpError(400, "the request target is not a URL") from None
         if len(url.query) > MAX_QUERY:
             raise HttpError(414, f"query of {len(url.query)} bytes: at most {MAX_QUERY} are allowed")
-        self.path, self.query = unquote(url.path), url.query
+        self.path, self.query = unquote(url.path) or "/", url.query
 
     def _read_headers(self) -> None:
         if len(self._lines) > MAX_HEADERS + 1:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -92,6 +93,30 @@ def test_ranges_say_what_they_are_and_since_when_there_is_something() -> None:
     assert past.since("1h") is None
     past.now = NOON
     assert past.since("1h") is None, "all is ahead of the clock"
+
+
+def test_ranges_are_looked_through_once_a_poll_however_often_they_are_asked_for() -> None:
+    past = Past(*(f"A{number:03}" for number in range(400)))
+    past.poll("1", *(f"A{number:03}" for number in range(400)))
+    calls: list[str] = []
+
+    def count() -> int:
+        calls.clear()
+        sys.setprofile(lambda _, event, __: calls.append(event) if event == "call" else None)
+        past.describe()
+        sys.setprofile(None)
+        return len(calls)
+
+    assert count() > 400
+    assert count() < 100
+    past.now += 3600
+    assert [past.since(name) for name in NAMES] == [None, *[NOON] * 4]
+    past.now = NOON
+    assert past.since("1h") == NOON
+    past.poll("1", "A000", at=NOON - 100)
+    assert past.since("1h") == NOON - 100
+    past.load(Loaded(10, {"A001": b"[1799999000.000,1]"}))
+    assert past.since("1h") == NOON - 1000
 
 
 def test_a_point_of_this_moment_is_shown_and_one_a_millisecond_ahead_is_not() -> None:

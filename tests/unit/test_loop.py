@@ -381,6 +381,28 @@ def test_a_loop_runs_once(world: World, handler: Handler) -> None:
 # What it tells
 
 
+def test_a_loop_that_is_being_closed_does_not_start(world: World, handler: Handler) -> None:
+    loop: Loop = make_loop(world, handler)
+    world.selects = [["must not be served"]]
+
+    def start() -> None:
+        handler.at_end = lambda: None
+        with pytest.raises(RuntimeError, match="run already"):
+            loop.run(handler)
+
+    handler.at_end = start
+    loop.close(handler)
+    assert handler.seen == ["end"]
+    assert loop.state is State.ENDED
+
+
+def test_a_loop_that_another_thread_starts_in_the_same_moment_is_stopped(world: World, handler: Handler) -> None:
+    loop: Loop = make_loop(world, handler)
+    world.selects = [[lambda: loop.close(handler)]]
+    loop.run(handler)
+    assert handler.seen == [None, "after", "stop", "after", "end"]
+
+
 def test_the_longest_batch_of_the_last_60_seconds_is_known(world: World, handler: Handler) -> None:
     loop: Loop = make_loop(world, handler, [lambda: world.work(2), lambda: world.work(5), lambda: world.work(3)])
     assert loop.longest_batch() == 0.0

@@ -163,6 +163,13 @@ def test_garbage_gets_a_status_line_and_json(site: Site, head: bytes, status: in
     assert got.error if status != 200 else got.body == b"[]"
 
 
+def test_an_absolute_target_without_a_path_is_the_page(priced: Site) -> None:
+    page = get(priced, "/")
+    assert page.status == 200
+    for target in (b"http://elsewhere", b"http://elsewhere?x=1"):
+        assert send(priced, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target).body == page.body
+
+
 def test_a_request_line_that_says_nothing_is_told_so(site: Site) -> None:
     assert send(site, b"\r\n").error == "not a request line: ''"
     assert send(site, b"GET http://[/ HTTP/1.1\r\n\r\n").error == "the request target is not a URL"
