@@ -296,7 +296,7 @@ class Hub:
             self._transport.resume_listening()
             self._note_stale()
             self._on_housekeeping()
-        except Exception as error:
+        except BaseException as error:  # user code's sys.exit() too: it would end the thread that serves every client
             self._log.warn("housekeeping", "housekeeping failed, and goes on", error)
 
     def _close_overdue(self) -> None:

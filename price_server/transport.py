@@ -7,13 +7,15 @@ import errno
 import math
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from .connection import Connection, State
 from .loop import Loop
 
-ACCEPT_AT_ONCE = 32  # connections of one round
+ACCEPT_AT_ONCE = 32  # connections of one round,
+ACCEPT_SECONDS = 0.05  # or as many as come in so long: each may bring commands, or ask for the past
 CLIENT_TURN = 512  # bytes received from a client in one turn: 85 pings
 VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most requests
 SEND_TURN = 128 << 10  # bytes sent to one peer in one turn: a CSV is made as fast as the peer takes it
@@ -105,9 +107,10 @@ class Transport:
             self._listener = None
 
     def accept(self) -> None:
-        """Accept at most 32 of the connections that wait, and receive what they have sent."""
-        for _ in range(ACCEPT_AT_ONCE):
-            if not (self._listener and self._listening):
+        """Accept the connections that wait, at most 32 or for 50 ms, and receive what they have sent."""
+        began = time.monotonic()
+        for number in range(ACCEPT_AT_ONCE):
+            if not (self._listener and self._listening) or (number and time.monotonic() > began + ACCEPT_SECONDS):
                 return
             try:
                 sock, address = self._listener.accept()

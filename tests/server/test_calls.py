@@ -266,6 +266,24 @@ def test_a_function_waits_for_256_events_or_50_ms(
     assert order.index("call") <= most
 
 
+def test_a_function_waits_for_50_ms_of_new_clients(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("price_server.transport.ACCEPT_SECONDS", 0.0)
+    order: list[str] = []
+
+    def welcome(*_: object) -> None:
+        if not order:
+            call_soon(server, lambda: order.append("call"))
+        order.append("client")
+
+    server.set_fn_new_client(welcome)
+    with contextlib.ExitStack() as stack:
+        with Blocked(server):
+            for _ in range(10):
+                stack.enter_context(visit(server.port, request()))
+        wait_for(lambda: len(order) == 11)
+    assert order.index("call") == 1
+
+
 def test_a_function_waits_for_at_most_256_heartbeats(timed: RiggedServer) -> None:
     order: list[str] = []
     with contextlib.ExitStack() as stack:

@@ -42,14 +42,15 @@ def test_housekeeping_is_done_twice_a_second_by_the_clock(timed: RiggedServer) -
     assert done == [4, 8, 12, 16, 20]
 
 
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_housekeeping_that_raises_is_one_line_and_goes_on(
-    timed: RiggedServer, updates: Updates, errors: list[str]
+    timed: RiggedServer, updates: Updates, errors: list[str], error: type[BaseException]
 ) -> None:
     done: list[int] = []
 
     def fail() -> None:
         done.append(1)
-        raise RuntimeError
+        raise error
 
     pass_time(timed, 1.0)
     timed.on_housekeeping = fail
