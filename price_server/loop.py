@@ -162,7 +162,7 @@ class Loop:
         self.state = State.RUNNING
         self.started.set()
         try:
-            while not self._may_end(handler):
+            while not (self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)):
                 events = self._selector.select(self._select_timeout())
                 self._busy_since = time.monotonic()
                 self._between_batches(handler)
@@ -178,9 +178,6 @@ class Loop:
         """End a loop that never ran; any other is left alone."""
         if self.state is State.BEFORE:
             self._end(handler)
-
-    def _may_end(self, handler: Handler) -> bool:
-        return self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)
 
     def _select_timeout(self) -> float:
         if self._calls or self._stop_requested > self.stopping:

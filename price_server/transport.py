@@ -107,7 +107,7 @@ class Transport:
             self._listener = None
 
     def accept(self) -> None:
-        """Accept the connections that wait, at most 32 or for 50 ms, and receive what they have sent."""
+        """Accept the connections that wait, at most 32 and for 50 ms, and receive what they have sent."""
         began = time.monotonic()
         for number in range(ACCEPT_AT_ONCE):
             if not (self._listener and self._listening) or (number and time.monotonic() > began + ACCEPT_SECONDS):
