@@ -163,7 +163,7 @@ class Loop:
         self.state = State.RUNNING
         self.started.set()
         try:
-            while not self._may_end(handler):
+            while not (self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)):
                 events = self._selector.select(self._select_timeout())
                 self._busy_since = time.monotonic()
                 self._between_batches(handler)
@@ -181,9 +181,6 @@ class Loop:
             self._end(handler)
         else:
             self.stop()
-
-    def _may_end(self, handler: Handler) -> bool:
-        return self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)
 
     def _select_timeout(self) -> float:
         if self._calls or self._stop_requested > self.stopping:

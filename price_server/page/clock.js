@@ -2,7 +2,7 @@
 // still while the computer sleeps. Both in seconds.
 
 export const ASLEEP = 5;  // seconds that the two run apart when the computer slept
-const LONGEST_TURN = 90;  // seconds between two looks: a hidden page has its turn once a minute
+const LONGEST_TURN = 90;  // seconds between two calls: a browser runs a hidden page once a minute
 
 const wall = () => Date.now() / 1000;
 export const steady = () => performance.now() / 1000;

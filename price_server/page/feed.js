@@ -3,10 +3,10 @@
 import { ASLEEP, followServer, hasSlept, now, steady } from './clock.js';
 import { ask, backoff, openLine } from './line.js';
 
-const PATIENCE = 20;  // seconds for an answer of /healthz, and for the feed to open while there is none
-const OPENING = 5;  // seconds for one way to open once /healthz has answered: then the next is tried
-const CHECK = 15;  // seconds between two looks at /healthz while it is unknown or no prices come, and two of /prices
-const SOCKET_AGAIN = 300;  // seconds between two tries of WebSocket while /stream serves
+const TIMEOUT = 20;  // seconds for an answer of /healthz, and for the feed to open while there is none
+const OPENING = 5;  // seconds for WebSocket or /stream to open once /healthz has answered: then the next is tried
+const CHECK = 15;  // seconds between two requests of /healthz while it is unknown or no prices come, and of /prices
+const SOCKET_AGAIN = 300;  // seconds between two tries of WebSocket while /stream is in use
 
 export class Feed {
   phase = 'waiting';  // for the next attempt; 'opening', 'open', or 'paused' until somebody looks
@@ -15,17 +15,17 @@ export class Feed {
   health = null;  // the last answer of /healthz
   polled = -Infinity;  // when the prices on the page were polled, by now()
   assets = [];  // that are followed, in the order of the address; known when /healthz has answered
-  only = '';  // the same, as the server is asked for them; '' for all
-  answered = false;  // /healthz has, in this attempt
+  only = '';  // the same, for ?assets=; '' for all
+  answered = false;  // whether /healthz has, in this attempt
   #attempt = 0;  // its number: an answer that belongs to an earlier one says nothing
   #deadline = Infinity;  // of what phase waits for, by steady()
-  #looked = 0;  // when /healthz was asked, by steady(); Infinity while it is
+  #healthAsked = 0;  // when /healthz was asked, by steady(); Infinity until it has answered
   #line = null;  // in use, or opening
-  #trial = null;  // of WebSocket, beside a stream that serves
-  #isRefused = false;  // before /healthz had answered
+  #trial = null;  // a WebSocket that is tried while a stream is in use
+  #isRefused = false;  // the line failed before /healthz had answered
   #socketAgain = 0;  // when WebSocket is tried again, by steady()
-  #asked = -Infinity;  // when /prices was, by steady()
-  #isPolling = false;  // /prices has answered since the feed was lost
+  #pricesAsked = -Infinity;  // when /prices was asked, by steady()
+  #isPolling = false;  // whether /prices has answered since the feed was lost
 
   // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
   // isNew: of a poll just made; isGap: the first after a while without.
@@ -46,11 +46,11 @@ export class Feed {
   }
 
   connect() {
-    this.hangUp('opening', PATIENCE);
+    this.hangUp('opening', TIMEOUT);
     this.#attempt += 1;
     this.answered = this.#isRefused = false;
-    if (this.health || !this.wanted.length) this.#openFirst();  // otherwise when /healthz has told which there are
-    this.look();
+    if (this.health || !this.wanted.length) this.#openFirst();  // otherwise once /healthz has said which assets exist
+    this.askHealth();
   }
 
   #openFirst() {
@@ -81,7 +81,7 @@ export class Feed {
 
   #receive(line, update) {
     if (!update.asset_id) return;
-    if (line === this.#trial) {  // it passes again: the stream has done its work
+    if (line === this.#trial) {  // WebSocket passes again: it replaces the stream
       line.follows = this.#line;
       this.#line.close();
       [this.#line, this.#trial] = [line, null];
@@ -102,11 +102,11 @@ export class Feed {
     else this.#lose('lost');
   }
 
-  // This way does not open, or nothing comes on it: the next one, or none for now.
+  // The line does not open, or brings no prices: try the other kind, or wait for the next attempt.
   #fail() {
     const { kind } = this.#line;
     this.#line.close();
-    if (!this.answered && this.#looked === Infinity) this.#isRefused = true;  // /healthz tells why
+    if (!this.answered && this.#healthAsked === Infinity) this.#isRefused = true;  // /healthz will say why
     else if (!this.answered) this.#lose('lost');
     else if (kind === 'socket' && !this.isFull) {
       this.#socketAgain = steady() + SOCKET_AGAIN;
@@ -124,28 +124,28 @@ export class Feed {
     this.on.changed();
   }
 
-  // At /healthz, beside each attempt, as a server that was restarted may differ; and when the feed is silent: there are no
-  // prices, the network is gone without a word, or the computer slept. The last two need a new connection.
-  async look() {
+  // With each attempt, because a server that was restarted may differ; and when the feed is silent: there are no prices,
+  // the network is gone, or the computer slept. The last two need a new connection.
+  async askHealth() {
     const attempt = this.#attempt, { answered } = this, asked = Date.now();
-    this.#looked = Infinity;
-    const answer = await ask('healthz', PATIENCE);
+    this.#healthAsked = Infinity;
+    const answer = await ask('healthz', TIMEOUT);
     if (attempt !== this.#attempt) return;
-    this.#looked = steady();
+    this.#healthAsked = steady();
     if (!answer?.assets) {
       if (this.#isRefused || (this.phase === 'open' && answered)) this.#lose('lost');
     } else if (this.#takeHealth(answer, (asked + Date.now()) / 2000)) {
-      return this.connect();  // what came went to rows that are no more
+      return this.connect();  // the prices so far went to rows that were removed
     } else {
       this.answered = true;
-      if (this.phase === 'opening') this.#goOn();
+      if (this.phase === 'opening') this.#continueAttempt();
       else if (this.phase === 'open' && answered && this.health.polled - this.polled > ASLEEP) this.connect();
     }
     this.on.changed();
   }
 
-  // With an attempt, now that /healthz has answered.
-  #goOn() {
+  // Now that /healthz has answered.
+  #continueAttempt() {
     this.#deadline = steady() + OPENING;
     if (this.#isRefused) this.#fail();
     else if (!this.#line) this.#openFirst();
@@ -157,10 +157,10 @@ export class Feed {
     if (phase === 'waiting' && isDue) this.connect();
     else if (phase === 'opening' && isDue) this.answered ? this.#fail() : this.#lose('lost');
     else if (phase === 'open' && isDue && this.answered && !this.isServed) this.#fail();
-    else if (phase === 'open' && isPast(this.#looked, CHECK) && !(isLive && this.answered)) this.look();
+    else if (phase === 'open' && isPast(this.#healthAsked, CHECK) && !(isLive && this.answered)) this.askHealth();
     else if (phase === 'open' && this.#line.kind === 'stream' && isPast(this.#socketAgain, 0)) this.#trySocket();
     const isShut = phase !== 'open' && (this.trouble === 'full' || this.trouble === 'blocked');
-    if (isShut && isPast(this.#asked, CHECK)) this.#askPrices();
+    if (isShut && isPast(this.#pricesAsked, CHECK)) this.#askPrices();
   }
 
   #trySocket() {
@@ -169,10 +169,10 @@ export class Feed {
     this.#trial = this.#openLine('socket');
   }
 
-  // Their time is what /healthz said, which each attempt to connect asks.
+  // The time of the poll is what /healthz said, which each attempt to connect asks.
   async #askPrices() {
-    this.#asked = steady();
-    const updates = await ask(`prices${this.query}`, PATIENCE);
+    this.#pricesAsked = steady();
+    const updates = await ask(`prices${this.query}`, TIMEOUT);
     if (this.isServed || !Array.isArray(updates)) return;
     const isGap = !this.#isPolling, isNew = !isGap && this.health.polled > this.polled + 0.05;
     this.#isPolling = true;
@@ -180,14 +180,14 @@ export class Feed {
     for (const update of updates) this.on.price(update, { at: this.polled, isNew, isGap });
   }
 
-  // Whether it is of something else than before.
+  // Returns whether the source or the quote currency is another one than before.
   #takeHealth(health, at) {
     const previous = this.health, { wanted } = this;
     const isOther = previous && (health.quote !== previous.quote || health.source !== previous.source);
     if (!previous) this.polled += health.time - at;
     if (isOther) this.polled = -Infinity;
     followServer(health.time, at);
-    health.polled = health.time - (health.age_seconds ?? Infinity);  // by its own word; -Infinity before it did
+    health.polled = health.time - (health.age_seconds ?? Infinity);  // -Infinity before the first poll
     this.health = health;
     this.polled = Math.min(this.polled, now());  // of a clock that was set back meanwhile
     const known = wanted.filter((asset) => health.assets.includes(asset));

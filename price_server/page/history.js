@@ -1,12 +1,12 @@
-// The past: the points of each row, and the question for those that the server has.
+// The history: the points of each row, and the request for those that the server has.
 
 import { now, steady } from './clock.js';
 import { ask } from './line.js';
 
-const PATIENCE = 120;  // seconds, on a slow line; the prices do not wait for it
-const AGAIN = 15;  // seconds between two tries
+const TIMEOUT = 120;  // seconds, on a slow line; the prices do not wait for it
+const RETRY = 15;  // seconds between two tries
 
-// As in the server's history: one point a step, the last poll in it; what is older than the range goes.
+// As in the server's history: one point a step, the last poll in it; what is older than the range is removed.
 export function addPoint(points, [time, price], { step, seconds }) {
   if (points.length && Math.floor(points[points.length - 1][0] / step) === Math.floor(time / step)) points.pop();
   points.push([time, price]);
@@ -18,7 +18,7 @@ export function prune(points, start) {
   points.splice(0, first < 0 ? points.length : first);
 }
 
-// A server without a file begins anew when it is restarted: the page keeps what that does not know.
+// A server without a history file starts with none when it is restarted: the page keeps its own points.
 export function mergePoints(own, points, until) {
   const first = points.length ? points[0][0] : Infinity, last = points.length ? points[points.length - 1][0] : -Infinity;
   const kept = own.filter(([time]) => time < first || (time > last && time <= until));
@@ -32,9 +32,9 @@ export function chooseRange({ ranges, interval_seconds: interval }, name, time) 
 }
 
 export class Past {
-  range = null;  // of those in /healthz: that of the points in the rows
-  chosen = null;  // that to be shown
-  #due = Infinity;  // when to ask, by steady(); Infinity once it is here
+  range = null;  // one of those in /healthz: that of the points in the rows
+  chosen = null;  // the one to be shown
+  #due = Infinity;  // when to ask, by steady(); Infinity once it was asked
   #request = null;
 
   get isDue() { return this.#due < Infinity; }
@@ -62,11 +62,11 @@ export class Past {
     if (this.#request || steady() < this.#due) return null;
     const request = this.#request = new AbortController(), range = this.chosen;
     this.#due = Infinity;
-    const answer = await ask(`history?range=${range.name}${query}`, PATIENCE, request);
+    const answer = await ask(`history?range=${range.name}${query}`, TIMEOUT, request);
     if (request !== this.#request) return null;
     this.#request = null;
     if (!answer || 'error' in answer) {
-      this.#due = steady() + AGAIN;
+      this.#due = steady() + RETRY;
       return null;
     }
     this.range = range;

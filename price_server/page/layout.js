@@ -2,7 +2,7 @@
 
 import { byId } from './dom.js';
 
-const FEW = 3, MANY = 15;  // rows: so few are written large, and above so many there is a filter
+const FEW = 3, MANY = 15;  // rows: up to FEW are shown large, and above MANY there is a filter
 const WALL = { width: 1600, height: 900, rows: 12 };  // a window so large, with at most so many rows, is read from afar
 const STACKED = 40, TIGHT = 17;  // rem: below, the chart stands under its row; below, the change under the price
 const LOWEST = { row: 2.6, wall: 2.1, stacked: 3.2 }, HIGHEST = { row: 34, wall: 34, stacked: 40 };  // rem, of a chart

@@ -1,4 +1,4 @@
-// What the page asks of the server: one way to the feed, or a question.
+// What the page asks of the server: one connection to the feed, or one request.
 
 const MAX_BACKOFF = 10;  // seconds between two attempts to connect
 
@@ -21,7 +21,7 @@ export async function ask(path, seconds, controller = new AbortController()) {
   }
 }
 
-// One way to the prices. Each of `on` is called until close().
+// One connection to the feed, by WebSocket or /stream. Each of `on` is called until close().
 export function openLine(kind, query, on) {
   const isSocket = kind === 'socket';
   const source = isSocket ? new WebSocket(socketAddress(document.baseURI) + query) : new EventSource(`stream${query}`);

@@ -18,7 +18,7 @@ const HIDDEN = 600;  // seconds that a hidden page keeps a server polling that w
 const DRAW = 5;  // seconds between two drawings of the charts
 
 const feed = new Feed(address.wanted, {
-  price: receive, health: takeHealth, changed: refresh, slept: beginAnew,
+  price: receive, health: takeHealth, changed: refresh, slept: startAgain,
   opened: () => { past.askSoon(); refresh(); } });
 const table = new Table({
   arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fitSoon(() => table.shown); },
@@ -46,7 +46,7 @@ function receive({ asset_id: asset, price, time }, { at, isNew, isGap }) {
   if (state !== 'live' || past.isDue || bells.unseen) refresh();
 }
 
-// The feed may be faster than /healthz: what there is then is shown, all of one snapshot at once.
+// The feed may be faster than /healthz: its assets are shown then, all of one snapshot at once.
 const unknown = new Set();
 function arrangeUnknown() {
   table.arrange([...table.rows.map((row) => row.asset), ...unknown]);
@@ -141,7 +141,7 @@ function checkAlerts() {
   }
 }
 
-function beginAnew() {
+function startAgain() {
   feed.trouble = 'connecting';
   past.askSoon();
   feed.connect();
@@ -150,7 +150,7 @@ function beginAnew() {
 
 function tick() {
   if (feed.phase === 'paused') return;
-  if (hasSlept()) return beginAnew();
+  if (hasSlept()) return startAgain();
   const isUnseen = steady() - hiddenSince > HIDDEN;
   if (isUnseen && feed.health?.pause_when_idle && !bells.isAnySet) feed.hangUp('paused');
   else feed.tick(state === 'live');
@@ -162,7 +162,7 @@ function wake() {
   if (document.hidden) return;
   bells.seen();
   tick();
-  if (feed.phase === 'open') feed.look();
+  if (feed.phase === 'open') feed.askHealth();
   else if (feed.phase !== 'opening') feed.connect();
   table.flush();
   refresh(true);
@@ -188,7 +188,7 @@ function start() {
   for (const type of ['online', 'offline', 'visibilitychange']) addEventListener(type, wake);
   // Back and forward: a browser may hold the page as it was, but not with an open connection.
   addEventListener('pagehide', () => feed.hangUp('waiting'));
-  addEventListener('pageshow', ({ persisted }) => { if (persisted) beginAnew(); });
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) startAgain(); });
   addEventListener('resize', () => fitSoon(() => table.shown));
   new ResizeObserver(() => fitSoon(() => table.shown)).observe(byId('size'));
   feed.connect();

@@ -6,7 +6,7 @@ import { formatPrice, formatTime } from './format.js';
 import { xOf, yOf } from './scale.js';
 import { showExtent } from './table.js';
 
-const STEPS = {  // points that a key goes on
+const STEPS = {  // points that a key moves by
   ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -36, PageUp: 36, Home: -1e9, End: 1e9 };
 
 let quote = '', hasSeconds = false;

@@ -66,7 +66,7 @@ export class Table {
   find(asset) { return this.#byAsset.get(asset); }
   get shown() { return this.rows.filter((row) => !row.isFilteredOut); }
 
-  // Those rows that there are stay.
+  // Rows that exist already are kept.
   arrange(assets) {
     this.rows = assets.map((asset) => this.find(asset) ?? makeRow(asset));
     this.#byAsset = new Map(this.rows.map((row) => [row.asset, row]));
@@ -76,7 +76,7 @@ export class Table {
     this.sort();
   }
 
-  // To each asset alone, and to all; what else the address says is kept.
+  // Links to each asset alone and to all assets; the rest of the address is kept.
   link() {
     byId('all').href = address.linkTo('');
     for (const { asset, parts } of this.rows) {
@@ -98,7 +98,7 @@ export class Table {
     this.on.arranged();
   }
 
-  // Again and again: one way, the other way, as it was.
+  // Repeated calls: one way, the other way, then unsorted.
   sortBy(by) {
     const first = by === 'asset' ? 1 : -1;
     if (by !== this.#by) [this.#by, this.#way] = [by, first];
@@ -116,7 +116,7 @@ export class Table {
     sorted.forEach(({ tr }, i) => { if (tr !== children[i]) this.#body.insertBefore(tr, children[i]); });
   }
 
-  // Never under somebody's hand.
+  // Not while the pointer or the focus is in the table.
   sortUnlessUsed() {
     if (this.#by && !this.#body.matches(':hover, :focus-within')) this.sort();
   }
