@@ -88,7 +88,24 @@ class PriceServer(WebsocketServer):
         self._archive: Archive | None = None
         self._loop = Loop(clock)
         self._log = RateLimitedLog(clock)
-        self._hub = Hub(
+        self._hub = self._make_hub(allow_origins)
+        self._open(host, port, history_file)
+
+    def _open(self, host: str, port: int, history_file: str | None) -> None:
+        """Open the history file and the port; after an error nothing is left open."""
+        try:
+            if history_file is not None:
+                self._open_archive(history_file)
+            if ":" in host:
+                self.address_family = socket.AF_INET6
+            super().__init__(host, port)
+            self._hub.start(self.socket)
+        except BaseException:
+            self._loop.close(self._hub)
+            raise
+
+    def _make_hub(self, allow_origins: Iterable[str]) -> Hub:
+        return Hub(
             self._loop,
             self._prices,
             self._status,
@@ -99,16 +116,6 @@ class PriceServer(WebsocketServer):
             on_housekeeping=self._run_housekeeping,
             on_end=self._stop_archive,
         )
-        try:
-            if history_file is not None:
-                self._open_archive(history_file, source, quote)
-            if ":" in host:
-                self.address_family = socket.AF_INET6
-            super().__init__(host, port)
-            self._hub.start(self.socket)
-        except BaseException:
-            self._loop.close(self._hub)
-            raise
 
     # Prices
 
@@ -279,11 +286,11 @@ class PriceServer(WebsocketServer):
         else:
             self._loop.stop()
 
-    def _open_archive(self, file: str, source: str, quote: str) -> None:
+    def _open_archive(self, file: str) -> None:
         self._archive = archive = Archive(
             file,
-            source,
-            quote,
+            self._status.source,
+            self._status.quote,
             self.assets,
             loaded=lambda loaded: self._loop.call_soon(lambda: archive.write(self._history.load(loaded))),
             wall_clock=self._wall_clock,

@@ -76,7 +76,9 @@ class Status:
         self.started_at = wall_clock()  # epoch seconds
         self._age_clock = age_clock
         self._wall_clock = wall_clock
+        self._start_counting()
 
+    def _start_counting(self) -> None:
         self.clients = _start_at_0(each.name for each in FORMATS)  # open clients, by the name of their format
         self.clients_accepted = 0
         self.refused = _start_at_0(REFUSED)

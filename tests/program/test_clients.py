@@ -1,16 +1,14 @@
-"""Clients against a server as users run it: those of other makers, and hostile ones beside an honest one.
+"""Hostile clients beside an honest one, against a server as users run it.
 
 Run as a program, this file is the hostile side (`python test_clients.py FUNCTION PORT`): a process of
 its own, so that its work does not delay what the tests measure. Where a promise is a number of seconds,
 the test allows for the time by which the machine itself was late meanwhile (`Lateness`).
 """
 
-import asyncio
 import json
 import os
 import random
 import selectors
-import shutil
 import signal
 import socket
 import struct
@@ -21,16 +19,15 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import pytest
-from running import ASSETS, ROOT, Tracker, outside, wait_for
+from running import ASSETS, ROOT, Tracker, wait_for
 from stand_in import KEY, StandIn
 
 UPGRADE = (
@@ -38,7 +35,6 @@ UPGRADE = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
 GOODBYE = b"\x88\x14\x03\xe9server is stopping"  # close frame, 1001
-NODE_MODULES = ROOT / ".venv" / "node_modules"
 
 
 # The hostile side. Each function is a kind of client; all of them end by themselves.
@@ -343,214 +339,6 @@ class Swarm:
         self.process.wait()
         self.stdin.close()
         self.stdout.close()
-
-
-# Clients of other makers: each takes prices until the last, has a ping of its own answered, and closes
-
-LAST = 60.0
-PAYLOAD = b"\x00\xff\xfe\xfd"
-
-
-class Visit(NamedTuple):
-    messages: int
-    ponged: bool  # its own ping came back
-    code: int  # of the close, as this client sees it
-
-
-def visit_websockets(url: str) -> Visit:
-    from websockets.sync.client import connect
-
-    with connect(url, proxy=None) as client:
-        pong = client.ping(PAYLOAD)
-        messages = 1
-        while json.loads(client.recv(30)) != {"asset_id": "SOL", "price": LAST, "time": "now"}:
-            messages += 1
-        client.close()
-        return Visit(messages, pong.wait(5), client.close_code or 0)
-
-
-def visit_aiohttp(url: str) -> Visit:
-    import aiohttp
-
-    async def visit() -> Visit:
-        messages, ponged = 0, False
-        async with aiohttp.ClientSession() as session, session.ws_connect(url, autoping=False) as client:
-            await client.ping(PAYLOAD)
-            async for message in client:
-                if message.type is aiohttp.WSMsgType.PING:
-                    await client.pong(message.data)
-                elif message.type is aiohttp.WSMsgType.PONG:
-                    ponged = message.data == PAYLOAD
-                else:
-                    messages += 1
-                    if message.json() == {"asset_id": "SOL", "price": LAST, "time": "now"}:
-                        break
-            await client.close()
-            return Visit(messages, ponged, client.close_code or 0)
-
-    return asyncio.run(visit())
-
-
-def visit_websocket_client(url: str) -> Visit:
-    import websocket
-
-    client = websocket.create_connection(url, timeout=30)
-    client.ping(PAYLOAD)
-    messages, ponged = 0, False
-    while True:
-        opcode, frame = client.recv_data_frame(control_frame=True)  # answers pings
-        if opcode == websocket.ABNF.OPCODE_CLOSE:
-            client.shutdown()
-            return Visit(messages, ponged, int.from_bytes(frame.data[:2], "big"))
-        if opcode == websocket.ABNF.OPCODE_PONG:
-            ponged = frame.data == PAYLOAD
-        elif opcode == websocket.ABNF.OPCODE_TEXT:
-            messages += 1
-            if json.loads(frame.data) == {"asset_id": "SOL", "price": LAST, "time": "now"}:
-                client.send_close()
-
-
-def visit_picows(url: str) -> Visit:
-    from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
-
-    class Listener(WSListener):
-        messages, ponged, code = 0, False, 0
-
-        def on_ws_connected(self, transport: WSTransport) -> None:
-            transport.send_ping(PAYLOAD)
-
-        def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-            if frame.msg_type == WSMsgType.PONG:
-                self.ponged = frame.get_payload_as_bytes() == PAYLOAD
-            elif frame.msg_type == WSMsgType.CLOSE:
-                self.code = frame.get_close_code().value
-                transport.disconnect()
-            elif frame.msg_type == WSMsgType.TEXT:
-                self.messages += 1
-                if json.loads(frame.get_payload_as_bytes()) == {"asset_id": "SOL", "price": LAST, "time": "now"}:
-                    transport.send_close(WSCloseCode.OK)
-
-    async def visit() -> Visit:
-        transport, listener = await ws_connect(Listener, url)
-        await transport.wait_disconnected()
-        assert isinstance(listener, Listener)
-        return Visit(listener.messages, listener.ponged, listener.code)
-
-    return asyncio.run(visit())
-
-
-NODE_SCRIPT = """
-const WebSocket = require("ws");
-const client = new WebSocket(process.argv[1]);
-let messages = 0, ponged = false;
-client.on("open", () => client.ping(Buffer.from([0, 255, 254, 253])));
-client.on("pong", (data) => { ponged = data.equals(Buffer.from([0, 255, 254, 253])); });
-client.on("message", (data) => {
-  messages += 1;
-  const update = JSON.parse(data);
-  if (update.asset_id === "SOL" && update.price === 60) client.close(1000);
-});
-client.on("close", (code) => console.log(JSON.stringify([messages, ponged, code])));
-"""
-
-
-def visit_node(url: str) -> Visit:
-    environment = os.environ | {"NODE_PATH": str(NODE_MODULES)}
-    command = ["node", "-e", NODE_SCRIPT, url]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40, check=False)
-    assert done.returncode == 0, done.stderr
-    return Visit(*json.loads(done.stdout))
-
-
-CHROMIUM_SCRIPT = """
-const [url, done] = arguments;
-const socket = new WebSocket(url);
-let messages = 0;
-socket.onmessage = (event) => {
-  messages += 1;
-  const update = JSON.parse(event.data);
-  if (update.asset_id === "SOL" && update.price === 60) socket.close(1000);
-};
-socket.onclose = (event) => done([messages, event.wasClean, event.code]);
-"""
-
-
-def visit_chromium(url: str) -> Visit:
-    """A page cannot send a ping: `ponged` is its word for a clean close."""
-    import tempfile
-
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, ExitStack() as stack:
-        options = ChromeOptions()
-        options.binary_location = shutil.which("chromium") or ""
-        switches = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-        for switch in (*switches.split(), "disable-component-update", "disable-sync", f"user-data-dir={profile}"):
-            options.add_argument(f"--{switch}")
-        driver = Chrome(options, ChromeService(shutil.which("chromedriver")))
-        stack.callback(driver.quit)
-        driver.set_script_timeout(30)
-        driver.get(url.replace("ws://", "http://").replace("/ws", "/prices"))  # Chromium lets only local pages connect
-        return Visit(*driver.execute_async_script(CHROMIUM_SCRIPT, url))
-
-
-VISITS: dict[str, Callable[[str], Visit]] = {
-    "websockets": visit_websockets,
-    "aiohttp": visit_aiohttp,
-    "websocket-client": visit_websocket_client,
-    "picows": visit_picows,
-    "node": visit_node,
-    "chromium": visit_chromium,
-}
-
-
-def installed(name: str) -> bool:
-    if name == "chromium":
-        return all(map(shutil.which, ("chromium", "chromedriver")))
-    return name != "node" or (shutil.which("node") is not None and (NODE_MODULES / "ws").is_dir())
-
-
-@pytest.fixture(scope="module")
-def visits() -> dict[str, Future[Visit]]:
-    """All clients at once at one server, through 60 pings that each of them has to answer."""
-    from coin_api import PriceUpdate
-    from price_server import PriceServer
-    from price_server.connection import Connection, State
-    from price_server.frames import Opcode, encode_frame
-
-    def ping(payload: bytes) -> None:
-        for client in server.clients:
-            connection = client["handler"].connection
-            connection.unanswered = 1
-            connection.enqueue(encode_frame(Opcode.PING, payload))
-            server._hub.ready_to_send(connection)
-
-    def all_answered(connections: list[Connection]) -> bool:
-        return not any(each.unanswered and each.state is State.CLIENT for each in connections)
-
-    server = PriceServer(ASSETS, clock=lambda: 0.0)  # which never pings by itself, however slow the machine is
-    server.run_forever(threaded=True)
-    url = f"ws://127.0.0.1:{server.port}/ws"
-    with ThreadPoolExecutor(len(VISITS)) as pool:
-        running = {name: pool.submit(visit, url) for name, visit in VISITS.items() if installed(name)}
-        wait_for(lambda: len(server.clients) + sum(each.done() for each in running.values()) == len(running), 60)
-        for number in range(1, 61):
-            server._loop.call(partial(ping, random.randbytes(125) if number % 2 else b""))
-            pending = [client["handler"].connection for client in server.clients]
-            wait_for(partial(all_answered, pending), 30, "all pongs")
-            server.publish([PriceUpdate(asset, float(number), "now") for asset in ASSETS])
-    server.shutdown_gracefully()
-    return running
-
-
-@pytest.mark.parametrize("name", VISITS)
-def test_a_real_client_stays_through_sixty_pings_and_closes_with_1000(
-    name: str, visits: dict[str, Future[Visit]]
-) -> None:
-    if name == "node" and shutil.which("node"):
-        outside(*([] if installed(name) else ["the package ws of node"]))
-    outside(*{"node": ["node"], "chromium": ["chromium", "chromedriver"]}.get(name, []))
-    assert visits[name].result(60) == Visit(messages=600, ponged=True, code=1000)
 
 
 # Hostile clients beside an honest one
