@@ -4,6 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import re
 import resource
 import socket
 import sqlite3
@@ -115,6 +116,10 @@ def rows(file: Path, select: str) -> list[tuple[Any, ...]]:
 
 def history(tracker: Tracker, name: str = "1h") -> dict[str, list[list[float]]]:
     return requests.get(f"{tracker.http}/history?range={name}", timeout=5).json()
+
+
+def told(tracker: Tracker, path: str, pattern: str) -> str:
+    return re.findall(pattern, requests.get(f"{tracker.http}/{path}", timeout=5).text)[-1]
 
 
 def is_current(tracker: Tracker, client: Honest) -> bool:
@@ -392,8 +397,12 @@ def test_a_full_disk_costs_the_clients_nothing(file: Path, track: Callable[..., 
     tracker.wait_for_log(BEHIND)
     client.wait_for_polls(15)  # it is tried again meanwhile
     assert is_current(tracker, client)
+    wait_for(lambda: told(tracker, "healthz", '"history": "(.*?)"') == "failing")
+    assert float(told(tracker, "metrics", "_history_write_errors_total (.*)")) > 0
+    assert time.time() - 60 < float(told(tracker, "metrics", "_last_write_timestamp_seconds (.*)")) < time.time()
     resource.prlimit(tracker.process.pid, resource.RLIMIT_FSIZE, (most, most))
     tracker.wait_for_log(AGAIN)
+    wait_for(lambda: told(tracker, "healthz", '"history": "(.*?)"') == "ok")
     client.wait_for_polls(3)
     assert len(warnings(tracker)) == 1
     assert client.missed_nothing()

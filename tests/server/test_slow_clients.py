@@ -9,6 +9,7 @@ import socket
 import sys
 import tracemalloc
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 from raw import CLOSE, CONT, PING, PONG, TEXT, RawClient, ask, frame, get, parse, read_all, request, visit
@@ -389,7 +390,13 @@ def test_past_the_bound_of_memory_the_largest_holder_goes_and_it_is_one_line(
             assert visitor.recv(12) == b"HTTP/1.1 101"
             assert small.has_nothing_to_read()
             assert quiet.has_nothing_to_read()
-    assert dropped(rigged) == {"memory": 1}
+        with RawClient(rigged.port) as another:  # what is sent counts as what is received
+            last = rigged.clients[-1]
+            narrow(rigged)
+            for _ in range(3):
+                rigged.send_message(last, "x" * 70_000)
+            assert another.file.read() == b""
+    assert dropped(rigged) == {"memory": 2}
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "over 300000 bytes are held for connections: the largest holders are dropped"
     ]
@@ -416,6 +423,18 @@ def test_to_drop_a_hundred_holders_each_connection_is_counted_a_few_times_only(
         call(server, lambda: None)
         assert 200 < len(counted) < 2_000
         assert connections(server) == 101  # what the last one sent came after the count
+
+
+def test_what_is_held_is_counted_only_after_much_was_added(
+    rigged: RiggedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = Mock(return_value=0)
+    monkeypatch.setattr("price_server.hub.RECOUNT_AFTER", 10_000)
+    monkeypatch.setattr("price_server.hub.held_bytes", counts)
+    with RawClient(rigged.port) as client:
+        client.send(frame(TEXT, b"x" * 1_000) * 35 + frame(PING))
+        assert client.read() == (PONG, b"")
+    assert counts.call_count == 3
 
 
 def filled(start_server: Start, assets: tuple[str, ...]) -> RiggedServer:

@@ -191,7 +191,7 @@ def test_a_body_is_made_as_it_is_taken() -> None:
 
 @pytest.mark.parametrize("at_once", [97, 4_096, 100_000])
 def test_a_body_goes_out_whole_however_it_is_taken(at_once: int) -> None:
-    pieces = [b"head\r\n\r\n", b"", b"[", b"1," * 20_000, b"2]"]
+    pieces = [b"head\r\n\r\n", b"", b"[", b"1," * 20_000, b"", b"2]"]
     outbox = Outbox()
     outbox.finish_with(iter(pieces))
     assert drain(outbox, {}, at_once) == b"".join(pieces)

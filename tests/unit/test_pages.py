@@ -140,6 +140,9 @@ def test_text_is_compressed_where_the_browser_takes_it(folder: Path) -> None:
     assert compressed.etag.startswith('W/"')
     assert compressed.etag != plain.etag
     assert compressed.content_type == plain.content_type
+    for name in ("a.svg", "a.json", "a.webmanifest", "a.csv"):
+        (folder / name).write_bytes(SCRIPT)
+        assert found(pages, f"/{name}", "gzip").encoding == "gzip"
     for name in ("/logo.png", "/index.html", "/large.txt"):  # an image, too small to gain anything, too long to wait
         assert found(pages, name, "gzip").encoding == ""
 
@@ -174,10 +177,10 @@ def test_a_file_is_read_and_compressed_once_for_each_change(folder: Path, monkey
     assert found(pages, "/main.js", "gzip").body is first.body  # held once for all who take it
     assert found(pages, "/main.js").body == SCRIPT
     assert compress.call_count == 1
-    (folder / "main.js").write_bytes(b"changed")
+    (folder / "main.js").write_bytes(SCRIPT.swapcase())  # as long as before
     os.utime(folder / "main.js", (1, 1))
     changed = found(pages, "/main.js")
-    assert changed.body == b"changed"
+    assert changed.body == SCRIPT.swapcase() != SCRIPT
     assert changed.etag != first.etag.replace("-gzip", "")
     (folder / "main.js").unlink()
     assert pages.find("/main.js") is None

@@ -231,7 +231,8 @@ def test_by_default_every_page_may_read(site: Site) -> None:
 
 @pytest.mark.parametrize("target", ["/prices", "/ws", "/stream", "/nope", "*"])
 def test_a_preflight_is_answered_for_allowed_origins_only(site: Site, narrowed: Site, target: str) -> None:
-    asked = {"Access_Control_Request_Method": "GET", "Access_Control_Request_Headers": "x-one,Authorization"}
+    two_lines = "x-one,x-two\r\nAccess-Control-Request-Headers: Authorization"
+    asked = {"Access_Control_Request_Method": "GET", "Access_Control_Request_Headers": two_lines}
     for each, origin in ((site, "*"), (narrowed, "https://example.org")):
         response = get(each, target, "OPTIONS", Origin="https://example.org", **asked)
         assert (response.status, response.body) == (204, b"")
@@ -239,7 +240,7 @@ def test_a_preflight_is_answered_for_allowed_origins_only(site: Site, narrowed: 
         assert "Content-Length" not in response.headers
         assert response.headers["Access-Control-Allow-Origin"] == origin
         assert response.headers["Access-Control-Allow-Methods"] == "GET, HEAD, OPTIONS"
-        assert response.headers["Access-Control-Allow-Headers"] == "x-one,Authorization"
+        assert response.headers["Access-Control-Allow-Headers"] == "x-one,x-two, Authorization"
         assert response.headers["Access-Control-Max-Age"] == "600"
     response = get(narrowed, target, "OPTIONS", Origin="https://evil.example", **asked)
     assert (response.status, response.error) == (403, "origin https://evil.example is not allowed")
