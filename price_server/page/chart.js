@@ -75,8 +75,9 @@ function setScale(row, { start, end }) {
   Object.assign(row, { start, end, low, high, top, height, base: points.length > 1 ? points[0] : null });
 }
 
-function drawChart(row, { start, gap, late, isAlone }) {
-  const { points, parts } = row;
+function drawChart(row, scale) {
+  const { points, parts } = row, { start, gap, late, isAlone } = scale;
+  setScale(row, scale);  // again: points may have come since the first slice
   let line = '', area = '', before = -Infinity;
   row.isDrawn = points.length > 0;
   const ground = points.length ? yOf(row, points[0][1]) : '';

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from browser import Line, Page, StartServer, prices, record, remember, time_of
+from browser import Clock, Line, Page, StartServer, prices, record, remember, time_of
 from running import wait_for
 from selenium.webdriver import ActionChains, Keys
 
@@ -163,13 +163,17 @@ def test_a_single_chart_has_labelled_lines(page: Page, server: PriceServer, widt
     assert 2 <= len(page.texts(".at-time")) <= 6
 
 
-def test_a_hidden_page_prunes_its_points(page: Page, server: PriceServer) -> None:
+def test_a_hidden_page_prunes_its_points(page: Page, start_server: StartServer) -> None:
+    page.lines_break = True
+    clock = Clock()
+    server = start_server(**clock.options())
     remember(server, (server._wall_clock() - 3000, dict.fromkeys(server.assets, "100.0")))
     prices(server, 100.0)
     page.visit(server.port, query="?range=1h")
     page.wait_for_charts()
     page.look_away()
     for _ in range(50):
+        clock.ahead += 80
         page.pass_time(80)
         prices(server, 101.0)
     page.look_away(False)

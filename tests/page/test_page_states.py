@@ -202,7 +202,7 @@ def test_a_feed_that_is_not_passed_on_is_told_from_a_lost_connection(
     page: Page, server: PriceServer, lay_line: LayLine
 ) -> None:
     line = lay_line(server)
-    line.rates = {"/ws": None}
+    line.rates = {"/ws": None, "/stream": None}
     record(server, 2 * HOUR, 300)
     prices(server, 110.0)
     page.visit(line.port, "No live prices")
@@ -221,11 +221,12 @@ def test_a_feed_that_is_not_passed_on_is_told_from_a_lost_connection(
 
 def test_a_feed_that_never_answers_is_given_up(page: Page, server: PriceServer, lay_line: LayLine) -> None:
     line = lay_line(server)
-    line.rates = {"/ws": 0}
+    line.rates = {"/ws": 0, "/stream": 0}
     prices(server, 110.0)
     page.visit(line.port, "Connecting …")
     wait_for(lambda: page.text("h1") == "Prices in USD", what="/healthz without a socket")
-    page.pass_time(21)
+    for _ in range(2):  # WebSocket, then the stream
+        page.pass_time(6)
     page.wait_for_state("No live prices")
 
 
