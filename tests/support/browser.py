@@ -49,7 +49,7 @@ class Page:
         self.browser.get(f"http://127.0.0.1:{port}/{query}")
         self.wait_for_state(state)
 
-    def wait_for_state(self, state: str, seconds: float = 10.0) -> None:
+    def wait_for_state(self, state: str, seconds: float = 40.0) -> None:
         wait_for(lambda: self.text("#state") == state, seconds, f"{state!r} on the page")
 
     def wait_for_charts(self) -> None:
