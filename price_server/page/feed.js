@@ -1,30 +1,29 @@
-// The connection: WebSocket; where that does not pass, Server-Sent Events; where neither opens, /prices now and then.
+// The connection: WebSocket, or Server-Sent Events where that does not pass, or /prices where neither does.
 
-import { ASLEEP, followServer, hasSlept, now, steady } from './clock.js';
-import { ask, backoff, openLine } from './line.js';
+import { ASLEEP, ask, backoff, followServer, hasSlept, now, openLine, steady } from './server.js';
 
-const PATIENCE = 20;  // seconds for an answer of /healthz, and for the feed to open while there is none
-const OPENING = 5;  // seconds for one way to open once /healthz has answered: then the next is tried
-const CHECK = 15;  // seconds between two looks at /healthz while it is unknown or no prices come, and two of /prices
-const SOCKET_AGAIN = 300;  // seconds between two tries of WebSocket while /stream serves
+const PATIENCE = 20;  // seconds for /healthz, and for the feed to open without it
+const OPENING = 5;  // seconds for one way to open, and for its first price
+const CHECK = 15;  // seconds between two looks while no prices come
+const SOCKET_AGAIN = 300;  // seconds until WebSocket is tried again
 
 export class Feed {
-  phase = 'waiting';  // for the next attempt; 'opening', 'open', or 'paused' until somebody looks
-  trouble = 'connecting';  // the state to show until it serves prices: also 'lost', 'full' or 'blocked'
-  failures = 0;  // attempts in a row without a price
-  health = null;  // the last answer of /healthz
-  polled = -Infinity;  // when the prices on the page were polled, by now()
-  assets = [];  // that are followed, in the order of the address; known when /healthz has answered
-  only = '';  // the same, as the server is asked for them; '' for all
+  phase = 'waiting';  // for the next attempt, 'opening', 'open', 'paused'
+  trouble = 'connecting';  // or 'lost', 'full', 'blocked'
+  failures = 0;
+  health = null;
+  polled = -Infinity;  // when the prices were, by now()
+  assets = [];  // in the order of the address
+  only = '';  // the same, joined; '' for all
   answered = false;  // /healthz has, in this attempt
-  #attempt = 0;  // its number: an answer that belongs to an earlier one says nothing
-  #deadline = Infinity;  // of what phase waits for, by steady()
-  #looked = 0;  // when /healthz was asked, by steady(); Infinity while it is
-  #line = null;  // in use, or opening
+  #attempt = 0;  // its number
+  #deadline = Infinity;  // of the phase, by steady(), as the other times
+  #looked = 0;  // at /healthz; Infinity while it is asked
+  #line = null;
   #trial = null;  // of WebSocket, beside a stream that serves
   #isRefused = false;  // before /healthz had answered
-  #socketAgain = 0;  // when WebSocket is tried again, by steady()
-  #asked = -Infinity;  // when /prices was, by steady()
+  #socketAgain = 0;
+  #asked = -Infinity;
   #isPolling = false;  // /prices has answered since the feed was lost
 
   // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
@@ -34,7 +33,6 @@ export class Feed {
   get query() { return this.only && `?assets=${this.only}`; }
   get isFull() { return this.health.clients >= this.health.max_clients; }
   get hasNothingYet() { return this.answered && this.assets.every((id) => this.health.without_price.includes(id)); }
-  // Prices have come on this connection, or there are none to come.
   get isServed() { return this.phase === 'open' && (this.#line.seen.size > 0 || this.hasNothingYet); }
   hasSeen(asset) { return Boolean(this.#line?.seen.has(asset)); }
 
@@ -49,7 +47,7 @@ export class Feed {
     this.hangUp('opening', PATIENCE);
     this.#attempt += 1;
     this.answered = this.#isRefused = false;
-    if (this.health || !this.wanted.length) this.#openFirst();  // otherwise when /healthz has told which there are
+    if (this.health || !this.wanted.length) this.#openFirst();
     this.look();
   }
 
@@ -75,13 +73,13 @@ export class Feed {
   #opened(line) {
     if (line === this.#trial) return;
     this.phase = 'open';
-    this.#deadline = steady() + OPENING;  // for the first price: a proxy may hold back what it should pass on
+    this.#deadline = steady() + OPENING;  // a proxy may hold prices back
     this.on.opened();
   }
 
   #receive(line, update) {
     if (!update.asset_id) return;
-    if (line === this.#trial) {  // it passes again: the stream has done its work
+    if (line === this.#trial) {
       line.follows = this.#line;
       this.#line.close();
       [this.#line, this.#trial] = [line, null];
@@ -102,7 +100,6 @@ export class Feed {
     else this.#lose('lost');
   }
 
-  // This way does not open, or nothing comes on it: the next one, or none for now.
   #fail() {
     const { kind } = this.#line;
     this.#line.close();
@@ -124,8 +121,7 @@ export class Feed {
     this.on.changed();
   }
 
-  // At /healthz, beside each attempt, as a server that was restarted may differ; and when the feed is silent: there are no
-  // prices, the network is gone without a word, or the computer slept. The last two need a new connection.
+  // With each attempt, as a server that was restarted may differ, and when the feed is silent.
   async look() {
     const attempt = this.#attempt, { answered } = this, asked = Date.now();
     this.#looked = Infinity;
@@ -135,7 +131,7 @@ export class Feed {
     if (!answer?.assets) {
       if (this.#isRefused || (this.phase === 'open' && answered)) this.#lose('lost');
     } else if (this.#takeHealth(answer, (asked + Date.now()) / 2000)) {
-      return this.connect();  // what came went to rows that are no more
+      return this.connect();
     } else {
       this.answered = true;
       if (this.phase === 'opening') this.#goOn();
@@ -144,14 +140,12 @@ export class Feed {
     this.on.changed();
   }
 
-  // With an attempt, now that /healthz has answered.
   #goOn() {
     this.#deadline = steady() + OPENING;
     if (this.#isRefused) this.#fail();
     else if (!this.#line) this.#openFirst();
   }
 
-  // Once a second. isLive: nothing has to be asked.
   tick(isLive) {
     const { phase } = this, isDue = steady() > this.#deadline, isPast = (at, seconds) => steady() - at > seconds;
     if (phase === 'waiting' && isDue) this.connect();
@@ -169,7 +163,6 @@ export class Feed {
     this.#trial = this.#openLine('socket');
   }
 
-  // Their time is what /healthz said, which each attempt to connect asks.
   async #askPrices() {
     this.#asked = steady();
     const updates = await ask(`prices${this.query}`, PATIENCE);
@@ -180,16 +173,16 @@ export class Feed {
     for (const update of updates) this.on.price(update, { at: this.polled, isNew, isGap });
   }
 
-  // Whether it is of something else than before.
+  // Returns whether it is of something else than before.
   #takeHealth(health, at) {
     const previous = this.health, { wanted } = this;
     const isOther = previous && (health.quote !== previous.quote || health.source !== previous.source);
     if (!previous) this.polled += health.time - at;
     if (isOther) this.polled = -Infinity;
     followServer(health.time, at);
-    health.polled = health.time - (health.age_seconds ?? Infinity);  // by its own word; -Infinity before it did
+    health.polled = health.time - (health.age_seconds ?? Infinity);
     this.health = health;
-    this.polled = Math.min(this.polled, now());  // of a clock that was set back meanwhile
+    this.polled = Math.min(this.polled, now());  // of a clock that was set back
     const known = wanted.filter((asset) => health.assets.includes(asset));
     this.only = known.length < health.assets.length ? known.join() : '';
     this.assets = known.length ? known : health.assets;
