@@ -1,9 +1,14 @@
 // Alerts: a line for an asset. When the price crosses it, that is told once.
 
-const REARM = 0.001;  // of the line, that a price must be away from it before the next crossing counts
+import { drawAlert, priceAt } from './chart.js';
+import { formatPrice, formatTime, parsePrice, roundedPrice } from './format.js';
+import { byId, setText } from './layout.js';
+import { now } from './server.js';
 
-// What a price does to an alert { line, side, isArmed }: whether it crossed, and the alert from then on.
-// side: 1 above the line, -1 below, 0 not known yet.
+const REARM = 0.001;  // of the line: so far the price must move before it can cross again
+const NEWS = 3;
+
+// Whether a price crossed the line, and the alert from then on. side: 1 above the line, -1 below, 0 not known yet.
 export function watch(alert, price) {
   const side = Math.sign(price - alert.line) || alert.side;
   const crossed = alert.isArmed && alert.side * side === -1;
@@ -11,24 +16,19 @@ export function watch(alert, price) {
   return { crossed, alert: { ...alert, side, isArmed: isAway || (alert.isArmed && !crossed) } };
 }
 
-export function newAlert(line, price) {
-  return { line, side: price ? Math.sign(price - line) : 0, isArmed: true, fired: null };
-}
+export const newAlert = (line, price) => (
+  { line, side: price ? Math.sign(price - line) : 0, isArmed: true, fired: null });
 
 const isAlert = (alert) => alert?.line > 0 && alert.line < Infinity && [-1, 0, 1].includes(alert.side);
 
-// Storage may be full, forbidden, or hold what another program left: alerts then last as long as the page.
-export class AlertStore {
-  #prefix;
+// Where storage is full or forbidden alerts last as long as the page.
+class Store {
   isKept = true;
-
-  constructor({ source, quote }) {
-    this.#prefix = `alert:${source}:${quote}:`;
-  }
+  constructor({ source, quote }) { this.prefix = `alert:${source}:${quote}:`; }
 
   read(asset) {
     try {
-      const alert = JSON.parse(localStorage.getItem(this.#prefix + asset));
+      const alert = JSON.parse(localStorage.getItem(this.prefix + asset));
       return isAlert(alert) ? alert : null;
     } catch {
       return null;
@@ -37,8 +37,8 @@ export class AlertStore {
 
   write(asset, alert) {
     try {
-      if (alert) localStorage.setItem(this.#prefix + asset, JSON.stringify(alert));
-      else localStorage.removeItem(this.#prefix + asset);
+      if (alert) localStorage.setItem(this.prefix + asset, JSON.stringify(alert));
+      else localStorage.removeItem(this.prefix + asset);
       this.isKept = true;
     } catch {
       this.isKept = false;
@@ -48,25 +48,150 @@ export class AlertStore {
 
 let cannotConstruct = false;
 
-// What this browser does when a line is crossed, in words; '' when it shows a notification.
-export function notificationTrouble() {
+function notificationTrouble() {
   if (!isSecureContext) return 'Browsers show notifications only for https pages and for localhost.';
   if (typeof Notification === 'undefined' || cannotConstruct) return 'This browser shows no notifications from a tab.';
   if (Notification.permission === 'denied') return 'Notifications of this page are blocked in the browser.';
   return Notification.permission === 'granted' ? '' : 'Notifications of this page are not allowed yet.';
 }
 
-export async function askForNotifications() {
-  if (isSecureContext && typeof Notification !== 'undefined' && Notification.permission === 'default') {
-    await Notification.requestPermission();
+function notify(text, tag) {
+  if (notificationTrouble()) return;
+  try {
+    new Notification(text, { tag });
+  } catch {
+    cannotConstruct = true;  // Android
   }
 }
 
-export function notify(text, tag) {
-  if (notificationTrouble()) return;
-  try {
-    new Notification(text, { tag });  // two tabs show one
-  } catch {
-    cannotConstruct = true;  // Android
+export class Alerts {
+  unseen = '';  // what crossed while nobody looked, for the title
+  #store = null; #health = null;
+  #row = null;
+  #form = byId('alert');
+  #home = this.#form.parentElement;
+  #field = byId('line');
+
+  constructor(table) {
+    this.table = table;
+    byId('rows').addEventListener('click', (event) => this.#click(event));
+    this.#form.addEventListener('submit', (event) => {
+      event.preventDefault();
+      this.#set(parsePrice(this.#field.value));
+    });
+    this.#form.addEventListener('keydown', ({ key }) => { if (key === 'Escape') this.#close(); });
+  }
+
+  take(health) {
+    const { rows } = this.table;
+    if (health.source !== this.#health?.source || health.quote !== this.#health?.quote) {
+      this.#store = new Store(health);
+      for (const row of rows) row.alert = null;
+    }
+    this.#health = health;
+    if (!rows.includes(this.#row)) this.#close();
+    for (const row of rows) {
+      row.alert ??= this.#store.read(row.asset);
+      this.#show(row);
+    }
+  }
+
+  // isAway: a crossing may have been missed.
+  check(row, price, isAway) {
+    const before = row.alert;
+    if (!before || !this.#store) return;
+    const { crossed, alert } = watch(before, price);
+    if (crossed) alert.fired = { at: now(), isAway };
+    else if (alert.side === before.side && alert.isArmed === before.isArmed) return;
+    this.#put(row, alert);
+    if (crossed) this.#tell(row, price, isAway);
+  }
+
+  #tell(row, price, isAway) {
+    const line = formatPrice(row.alert.line, row.decimals), text = `${row.asset} crossed ${line}`;
+    const told = `${text}${isAway ? ' while away' : `: ${formatPrice(price, row.decimals)}`}.`;
+    const news = document.createElement('span');
+    news.textContent = `${told} `;
+    byId('news').append(news);
+    while (byId('news').children.length > NEWS) byId('news').firstChild.remove();
+    if (document.hidden) this.unseen = `${text} · `;
+    // The first price after loading tells somebody who looks at the page.
+    if (!isAway || row.at > -Infinity) notify(told, `${row.asset} ${line}`);
+  }
+
+  #show(row) {
+    const { alert, parts } = row, line = alert && formatPrice(alert.line, row.decimals), fired = alert?.fired;
+    const when = fired && (fired.isAway ? 'while away' : `at ${formatTime(fired.at, now(), {})}`);
+    setText(parts.alert, !alert ? '' : fired ? `crossed ${line} ${when}` : `alert at ${line}`);
+    row.tr.classList.toggle('fired', Boolean(fired));
+    parts.bell.classList.toggle('set', Boolean(alert));
+    drawAlert(row);
+  }
+
+  #click({ target, offsetY }) {
+    const bell = target.closest('[data-part=bell]'), row = this.#row;
+    if (target.id === 'close') this.#close();
+    else if (target.id === 'remove') {
+      this.#field.value = '';
+      this.#put(row, null);
+    } else if (bell) this.#toggle(this.table.rows.find(({ parts }) => parts.bell === bell));
+    else if (target === row?.parts.chart && row.height > 0) {
+      this.#set(roundedPrice(priceAt(row, offsetY / target.offsetHeight), row.height));
+    }
+  }
+
+  #toggle(row) {
+    const wasOpen = row === this.#row;
+    this.#close();
+    if (wasOpen) return;
+    this.#row = row;
+    if (row.alert?.fired) this.#put(row, { ...row.alert, fired: null });
+    byId('news').replaceChildren();
+    setText(byId('crosses'), `Alert when ${row.asset} crosses`);
+    setText(byId('unit'), this.#health?.quote ?? '');
+    this.#field.value = row.alert?.line ?? '';
+    this.#tellWhatHappens();
+    row.parts.cell.append(this.#form);
+    this.#form.hidden = false;
+    row.parts.bell.setAttribute('aria-expanded', 'true');
+    this.#field.focus();
+  }
+
+  #close() {
+    if (!this.#row) return;
+    const { bell } = this.#row.parts, hadFocus = this.#form.contains(document.activeElement);
+    this.#row = null;
+    this.#form.hidden = true;
+    this.#home.append(this.#form);  // otherwise it would go with its row
+    bell.setAttribute('aria-expanded', 'false');
+    if (hadFocus) bell.focus();
+  }
+
+  async #set(line) {
+    const isPrice = line > 0, isFirst = !this.table.hasAlert;
+    this.#field.setAttribute('aria-invalid', String(!isPrice));
+    setText(byId('wrong'), isPrice ? '' : 'Not a price: type a number above 0, like 70000 or 0.093.');
+    if (!isPrice || !this.#store) return;
+    this.#field.value = line;
+    this.#put(this.#row, newAlert(line, this.#row.price));
+    if (isFirst && isSecureContext && window.Notification?.permission === 'default') {
+      await Notification.requestPermission();
+      this.#tellWhatHappens();
+    }
+  }
+
+  #put(row, alert) {
+    row.alert = alert;
+    this.#store?.write(row.asset, alert);
+    this.#show(row);
+    this.#tellWhatHappens();
+  }
+
+  #tellWhatHappens() {
+    const isSet = Boolean(this.#row?.alert), trouble = notificationTrouble();
+    const told = trouble ? `${trouble} A crossing shows here and in the title.` : 'A crossing also shows as a notification.';
+    const kept = this.#store?.isKept === false ? ' It cannot be stored: it ends with this page.' : '';
+    setText(byId('how'), `${isSet ? 'Set. ' : ''}Type a price, or click in the chart. ${told}${kept}`);
+    byId('remove').hidden = !isSet;
   }
 }

@@ -1,28 +1,33 @@
-// The charts: where a time and a price stand in one, its line, and the grid of a single one.
+// The charts: where a time and a price stand in one, its line, the grid of a single one, and reading it.
 
-import { now } from './clock.js';
-import { byId, setText } from './dom.js';
 import { formatPrice, formatRoundTime, formatTime, roundPrices, roundTimes } from './format.js';
 import { prune } from './history.js';
-import { read } from './reading.js';
-import { xOf, yOf } from './scale.js';
+import { byId, setText } from './layout.js';
+import { now } from './server.js';
 import { showExtent } from './table.js';
 
-const SHORTEST = 300;  // seconds: ten of a server just started must not fill the whole width
-const FLATTEST = 0.002;  // of the price, in the height of a chart: a stablecoin's noise must not look like a crash
-const SLICE = 8;  // milliseconds that charts are drawn in one piece
-const TIME_WIDTH = 90;  // pixels that a time on the axis of a single chart takes
+const SHORTEST = 300;  // seconds, of a server just started
+const FLATTEST = 0.002;  // of the price: a stablecoin's noise must not look like a crash
+const SLICE = 8;  // milliseconds: otherwise prices would wait for two hundred charts
+const TIME_WIDTH = 90;  // pixels
+const KEYS = {
+  ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -36, PageUp: 36, Home: -1e9, End: 1e9 };
+
+export const xOf = (row, time) => ((1000 * (time - row.start)) / (row.end - row.start)).toFixed(1);
+export const yOf = (row, price) => (4 + (92 * (row.top - price)) / row.height).toFixed(1);
+export const priceAt = (row, share) => row.top - ((100 * share - 4) * row.height) / 92;
+
+let quote = '', hasSeconds = false;
+
+const setPath = (part, path) => part.setAttribute('d', path);
 
 export class Charts {
   #queue = [];
   #timer = 0;
-  #rows = new Map();  // by their elements
+  #rows = new Map();
   #observer = new IntersectionObserver((entries) => this.#move(entries), { rootMargin: '50%' });
 
-  // onNear(): rows came near to what is in sight, and are to be drawn.
-  constructor(onNear) {
-    this.onNear = onNear;
-  }
+  constructor(onNear) { this.onNear = onNear; }
 
   watch(rows) {
     this.#rows = new Map(rows.map((row) => [row.tr, row]));
@@ -37,13 +42,14 @@ export class Charts {
     if (entries.some(({ isIntersecting }) => isIntersecting)) this.onNear();
   }
 
-  // view: rows, range, polled, stale: seconds after which prices are, interval, drawn()
+  // view: rows, range, polled, stale, interval, quote, drawn()
   draw(view) {
     const { rows, range, stale } = view;
+    [quote, hasSeconds] = [view.quote, range.step < 60];
     const end = Math.min(now(), view.polled + stale);  // without prices time stands still
     for (const { points } of rows) prune(points, end - range.seconds);
-    const oldest = Math.min(end, ...rows.map(({ points }) => (points.length ? points[0][0] : end)));
-    const late = 1.5 * Math.max(range.step, view.interval);  // how late the first point of a full range may be
+    const oldest = Math.min(end, ...rows.map(({ points }) => points[0]?.[0] ?? end));
+    const late = 1.5 * Math.max(range.step, view.interval);
     const isFull = oldest <= end - range.seconds + late;
     const start = isFull ? end - range.seconds : Math.min(oldest, end - SHORTEST);
     const since = { timeZoneName: undefined };
@@ -59,7 +65,6 @@ export class Charts {
     this.#drawSlice();
   }
 
-  // In slices, or prices would wait for two hundred charts.
   #drawSlice() {
     const until = performance.now() + SLICE;
     do this.#queue.shift()(); while (this.#queue.length && performance.now() < until);
@@ -70,26 +75,27 @@ export class Charts {
 function setScale(row, { start, end }) {
   const { points } = row;
   let low = Infinity, high = -Infinity;
-  for (const [, price] of points) [low, high] = [Math.min(low, price), Math.max(high, price)];
+  for (const [, price] of points) {
+    if (price < low) low = price;
+    if (price > high) high = price;
+  }
   const height = Math.max(high - low, FLATTEST * high), top = (high + low + height) / 2;
   Object.assign(row, { start, end, low, high, top, height, base: points.length > 1 ? points[0] : null });
 }
 
-function drawChart(row, scale) {
-  const { points, parts } = row, { start, gap, late, isAlone } = scale;
-  setScale(row, scale);  // again: points may have come since the first slice
+function drawChart(row, { start, gap, late, isAlone }) {
+  const { points, parts } = row, ground = points.length && yOf(row, points[0][1]);
   let line = '', area = '', before = -Infinity;
   row.isDrawn = points.length > 0;
-  const ground = points.length ? yOf(row, points[0][1]) : '';
   for (const [time, price] of points) {
-    const at = `${xOf(row, time)} ${yOf(row, price)}`, isNew = time - before > gap;
-    line += isNew ? `M${at}h0` : `L${at}`;  // h0: one point alone is a dot
-    area += isNew ? `${area && `V${ground}`}M${xOf(row, time)} ${ground}L${at}` : `L${at}`;
+    const x = xOf(row, time), at = `${x} ${yOf(row, price)}`, isNew = time - before > gap;
+    line += isNew ? `M${at}h0` : `L${at}`;
+    area += isNew ? `${area && `V${ground}`}M${x} ${ground}L${at}` : `L${at}`;
     before = time;
   }
-  parts.line.setAttribute('d', line);
-  parts.area.setAttribute('d', area && `${area}V${ground}`);
-  parts.base.setAttribute('d', line && `M${xOf(row, points[0][0])} ${ground}H${xOf(row, before)}`);
+  setPath(parts.line, line);
+  setPath(parts.area, area && `${area}V${ground}`);
+  setPath(parts.base, line && `M${xOf(row, points[0][0])} ${ground}H${xOf(row, before)}`);
   setText(parts.since, row.base?.[0] > late ? `since ${formatTime(row.base[0], now(), {})}` : '');
   drawAlert(row);
   drawGrid(row, isAlone);
@@ -97,37 +103,81 @@ function drawChart(row, scale) {
   read(row, row.reading?.[0] < start ? null : row.reading);
 }
 
-// Where the line of an alert is within the chart; the row tells it in any case.
 export function drawAlert(row) {
   const { alert, height } = row, y = alert && height > 0 ? Number(yOf(row, alert.line)) : -1;
-  row.parts.limit.setAttribute('d', y >= 0 && y <= 100 ? `M0 ${y}H1000` : '');
+  setPath(row.parts.limit, y >= 0 && y <= 100 ? `M0 ${y}H1000` : '');
 }
 
-// With labels, which are no part of the drawing: that is stretched.
 function drawGrid(row, isAlone) {
   const { parts, start, end, top, height } = row, labels = [];
+  const addLabel = (className, textContent, side, percent) => {
+    labels.push(Object.assign(document.createElement('span'), { className, textContent }));
+    labels[labels.length - 1].style[side] = `${percent}%`;
+  };
   let path = '';
   if (isAlone && height > 0) {
     const most = Math.min(Math.max(Math.floor(parts.chart.clientWidth / TIME_WIDTH) - 1, 2), 6);
-    const prices = roundPrices(top - height, top), times = roundTimes(start, end, most);
+    const prices = roundPrices(top - height, top);
     const decimals = Math.max(...prices.map((price) => (String(price).split('.')[1] ?? '').length));
     for (const price of prices) {
       path += `M0 ${yOf(row, price)}H1000`;
-      labels.push(makeLabel('at-price', formatPrice(price, Math.min(decimals, row.decimals)), 'top', yOf(row, price)));
+      addLabel('at-price', formatPrice(price, Math.min(decimals, row.decimals)), 'top', yOf(row, price));
     }
-    for (const time of times) {
+    for (const time of roundTimes(start, end, most)) {
       path += `M${xOf(row, time)} 0V100`;
-      labels.push(makeLabel('at-time', formatRoundTime(time, end - start), 'left', xOf(row, time) / 10));
+      addLabel('at-time', formatRoundTime(time, end - start), 'left', xOf(row, time) / 10);
     }
   }
-  parts.grid.setAttribute('d', path);
+  setPath(parts.grid, path);
   parts.labels.replaceChildren(...labels);
 }
 
-function makeLabel(kind, text, side, percent) {
-  const label = document.createElement('span');
-  label.className = kind;
-  label.textContent = text;
-  label.style[side] = `${percent}%`;
-  return label;
+const indexAt = (points, time) => points.reduce((best, point, i) => (
+  Math.abs(point[0] - time) < Math.abs(points[best][0] - time) ? i : best), 0);
+
+// A point that is read stays the same until another one is. `point` null: none is read.
+function read(row, point) {
+  const { chart, cross, dot, reading, text } = row.parts, { points } = row, wasRead = row.reading;
+  row.reading = point;
+  reading.hidden = !point;
+  if (!points.length) return;
+  const [time, price] = point ?? points[points.length - 1], shown = formatPrice(price, row.decimals);
+  const at = formatTime(time, now(), { timeZoneName: 'short', second: hasSeconds ? '2-digit' : undefined });
+  const values = { min: Math.round(row.start), max: Math.round(row.end), now: Math.round(time) };
+  for (const [name, value] of Object.entries(values)) chart.setAttribute(`aria-value${name}`, value);
+  chart.setAttribute('aria-valuetext', `${shown} ${quote} at ${at}`);
+  if (!point && !wasRead) return;
+  const x = xOf(row, time);
+  setPath(cross, point ? `M${x} 0V100` : '');
+  setPath(dot, point ? `M${x} ${yOf(row, price)}h0` : '');
+  if (!point) return;
+  setText(text, `${shown} · ${at}`);
+  showExtent(row);
+  // Never past an edge: on a phone the page would scroll sideways.
+  const width = reading.offsetWidth;
+  reading.style.left = `clamp(0px, ${x / 10}% - ${width / 2}px, 100% - ${width}px)`;
+}
+
+function readBy(table, event) {
+  const { type, key, target: chart } = event, row = table.rows.find(({ parts }) => parts.chart === chart);
+  if (!(row?.height > 0)) return;
+  const { points, reading, start, end } = row, last = points.length - 1;
+  // What a finger read stays when it is lifted.
+  const isGone = type === 'pointerout' && event.pointerType === 'mouse' && !chart.matches(':focus-visible');
+  if (type === 'focusin') read(row, reading ?? points[last]);
+  else if (type === 'focusout' || key === 'Escape' || isGone) read(row, null);
+  else if (key in KEYS && !event.altKey && !event.ctrlKey && !event.metaKey) {
+    event.preventDefault();
+    const index = (reading ? indexAt(points, reading[0]) : last) + KEYS[key];
+    read(row, points[Math.min(Math.max(index, 0), last)]);
+  } else if (type === 'pointermove' || type === 'pointerdown') {
+    read(row, points[indexAt(points, start + (event.offsetX / chart.offsetWidth) * (end - start))]);
+    if (type === 'pointerdown') chart.focus({ preventScroll: true, focusVisible: false });
+  }
+}
+
+export function startReading(table, body) {
+  for (const type of ['pointermove', 'pointerdown', 'pointerout', 'focusin', 'focusout', 'keydown']) {
+    body.addEventListener(type, (event) => readBy(table, event));
+  }
 }

@@ -1,31 +1,30 @@
-// The connection: WebSocket; where that does not pass, Server-Sent Events; where neither opens, /prices now and then.
+// The connection: WebSocket, or Server-Sent Events where that does not pass, or /prices where neither does.
 
-import { ASLEEP, followServer, hasSlept, now, steady } from './clock.js';
-import { ask, backoff, openLine } from './line.js';
+import { ASLEEP, ask, backoff, followServer, hasSlept, now, openLine, steady } from './server.js';
 
-const TIMEOUT = 20;  // seconds for an answer of /healthz, and for the feed to open while there is none
-const OPENING = 5;  // seconds for WebSocket or /stream to open once /healthz has answered: then the next is tried
-const CHECK = 15;  // seconds between two requests of /healthz while it is unknown or no prices come, and of /prices
-const SOCKET_AGAIN = 300;  // seconds between two tries of WebSocket while /stream is in use
+const PATIENCE = 20;  // seconds for /healthz, and for the feed to open without it
+const OPENING = 5;  // seconds for one way to open, and for its first price
+const CHECK = 15;  // seconds between two looks while no prices come
+const SOCKET_AGAIN = 300;  // seconds until WebSocket is tried again
 
 export class Feed {
-  phase = 'waiting';  // for the next attempt; 'opening', 'open', or 'paused' until somebody looks
-  trouble = 'connecting';  // the state to show until it serves prices: also 'lost', 'full' or 'blocked'
-  failures = 0;  // attempts in a row without a price
-  health = null;  // the last answer of /healthz
-  polled = -Infinity;  // when the prices on the page were polled, by now()
-  assets = [];  // that are followed, in the order of the address; known when /healthz has answered
-  only = '';  // the same, for ?assets=; '' for all
-  answered = false;  // whether /healthz has, in this attempt
-  #attempt = 0;  // its number: an answer that belongs to an earlier one says nothing
-  #deadline = Infinity;  // of what phase waits for, by steady()
-  #healthAsked = 0;  // when /healthz was asked, by steady(); Infinity until it has answered
-  #line = null;  // in use, or opening
-  #trial = null;  // a WebSocket that is tried while a stream is in use
-  #isRefused = false;  // the line failed before /healthz had answered
-  #socketAgain = 0;  // when WebSocket is tried again, by steady()
-  #pricesAsked = -Infinity;  // when /prices was asked, by steady()
-  #isPolling = false;  // whether /prices has answered since the feed was lost
+  phase = 'waiting';  // for the next attempt, 'opening', 'open', 'paused'
+  trouble = 'connecting';  // or 'lost', 'full', 'blocked'
+  failures = 0;
+  health = null;
+  polled = -Infinity;  // when the prices were, by now()
+  assets = [];  // in the order of the address
+  only = '';  // the same, joined; '' for all
+  answered = false;  // /healthz has, in this attempt
+  #attempt = 0;  // its number
+  #deadline = Infinity;  // of the phase, by steady(), as the other times
+  #looked = 0;  // at /healthz; Infinity while it is asked
+  #line = null;
+  #trial = null;  // of WebSocket, beside a stream that serves
+  #isRefused = false;  // before /healthz had answered
+  #socketAgain = 0;
+  #asked = -Infinity;
+  #isPolling = false;  // /prices has answered since the feed was lost
 
   // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
   // isNew: of a poll just made; isGap: the first after a while without.
@@ -34,7 +33,6 @@ export class Feed {
   get query() { return this.only && `?assets=${this.only}`; }
   get isFull() { return this.health.clients >= this.health.max_clients; }
   get hasNothingYet() { return this.answered && this.assets.every((id) => this.health.without_price.includes(id)); }
-  // Prices have come on this connection, or there are none to come.
   get isServed() { return this.phase === 'open' && (this.#line.seen.size > 0 || this.hasNothingYet); }
   hasSeen(asset) { return Boolean(this.#line?.seen.has(asset)); }
 
@@ -46,11 +44,11 @@ export class Feed {
   }
 
   connect() {
-    this.hangUp('opening', TIMEOUT);
+    this.hangUp('opening', PATIENCE);
     this.#attempt += 1;
     this.answered = this.#isRefused = false;
-    if (this.health || !this.wanted.length) this.#openFirst();  // otherwise once /healthz has said which assets exist
-    this.askHealth();
+    if (this.health || !this.wanted.length) this.#openFirst();
+    this.look();
   }
 
   #openFirst() {
@@ -75,13 +73,13 @@ export class Feed {
   #opened(line) {
     if (line === this.#trial) return;
     this.phase = 'open';
-    this.#deadline = steady() + OPENING;  // for the first price: a proxy may hold back what it should pass on
+    this.#deadline = steady() + OPENING;  // a proxy may hold prices back
     this.on.opened();
   }
 
   #receive(line, update) {
     if (!update.asset_id) return;
-    if (line === this.#trial) {  // WebSocket passes again: it replaces the stream
+    if (line === this.#trial) {
       line.follows = this.#line;
       this.#line.close();
       [this.#line, this.#trial] = [line, null];
@@ -102,11 +100,10 @@ export class Feed {
     else this.#lose('lost');
   }
 
-  // The line does not open, or brings no prices: try the other kind, or wait for the next attempt.
   #fail() {
     const { kind } = this.#line;
     this.#line.close();
-    if (!this.answered && this.#healthAsked === Infinity) this.#isRefused = true;  // /healthz will say why
+    if (!this.answered && this.#looked === Infinity) this.#isRefused = true;  // /healthz tells why
     else if (!this.answered) this.#lose('lost');
     else if (kind === 'socket' && !this.isFull) {
       this.#socketAgain = steady() + SOCKET_AGAIN;
@@ -124,43 +121,40 @@ export class Feed {
     this.on.changed();
   }
 
-  // With each attempt, because a server that was restarted may differ; and when the feed is silent: there are no prices,
-  // the network is gone, or the computer slept. The last two need a new connection.
-  async askHealth() {
+  // With each attempt, as a server that was restarted may differ, and when the feed is silent.
+  async look() {
     const attempt = this.#attempt, { answered } = this, asked = Date.now();
-    this.#healthAsked = Infinity;
-    const answer = await ask('healthz', TIMEOUT);
+    this.#looked = Infinity;
+    const answer = await ask('healthz', PATIENCE);
     if (attempt !== this.#attempt) return;
-    this.#healthAsked = steady();
+    this.#looked = steady();
     if (!answer?.assets) {
       if (this.#isRefused || (this.phase === 'open' && answered)) this.#lose('lost');
     } else if (this.#takeHealth(answer, (asked + Date.now()) / 2000)) {
-      return this.connect();  // the prices so far went to rows that were removed
+      return this.connect();
     } else {
       this.answered = true;
-      if (this.phase === 'opening') this.#continueAttempt();
+      if (this.phase === 'opening') this.#goOn();
       else if (this.phase === 'open' && answered && this.health.polled - this.polled > ASLEEP) this.connect();
     }
     this.on.changed();
   }
 
-  // Now that /healthz has answered.
-  #continueAttempt() {
+  #goOn() {
     this.#deadline = steady() + OPENING;
     if (this.#isRefused) this.#fail();
     else if (!this.#line) this.#openFirst();
   }
 
-  // Once a second. isLive: nothing has to be asked.
   tick(isLive) {
     const { phase } = this, isDue = steady() > this.#deadline, isPast = (at, seconds) => steady() - at > seconds;
     if (phase === 'waiting' && isDue) this.connect();
     else if (phase === 'opening' && isDue) this.answered ? this.#fail() : this.#lose('lost');
     else if (phase === 'open' && isDue && this.answered && !this.isServed) this.#fail();
-    else if (phase === 'open' && isPast(this.#healthAsked, CHECK) && !(isLive && this.answered)) this.askHealth();
+    else if (phase === 'open' && isPast(this.#looked, CHECK) && !(isLive && this.answered)) this.look();
     else if (phase === 'open' && this.#line.kind === 'stream' && isPast(this.#socketAgain, 0)) this.#trySocket();
     const isShut = phase !== 'open' && (this.trouble === 'full' || this.trouble === 'blocked');
-    if (isShut && isPast(this.#pricesAsked, CHECK)) this.#askPrices();
+    if (isShut && isPast(this.#asked, CHECK)) this.#askPrices();
   }
 
   #trySocket() {
@@ -169,10 +163,9 @@ export class Feed {
     this.#trial = this.#openLine('socket');
   }
 
-  // The time of the poll is what /healthz said, which each attempt to connect asks.
   async #askPrices() {
-    this.#pricesAsked = steady();
-    const updates = await ask(`prices${this.query}`, TIMEOUT);
+    this.#asked = steady();
+    const updates = await ask(`prices${this.query}`, PATIENCE);
     if (this.isServed || !Array.isArray(updates)) return;
     const isGap = !this.#isPolling, isNew = !isGap && this.health.polled > this.polled + 0.05;
     this.#isPolling = true;
@@ -180,16 +173,16 @@ export class Feed {
     for (const update of updates) this.on.price(update, { at: this.polled, isNew, isGap });
   }
 
-  // Returns whether the source or the quote currency is another one than before.
+  // Returns whether it is of something else than before.
   #takeHealth(health, at) {
     const previous = this.health, { wanted } = this;
     const isOther = previous && (health.quote !== previous.quote || health.source !== previous.source);
     if (!previous) this.polled += health.time - at;
     if (isOther) this.polled = -Infinity;
     followServer(health.time, at);
-    health.polled = health.time - (health.age_seconds ?? Infinity);  // -Infinity before the first poll
+    health.polled = health.time - (health.age_seconds ?? Infinity);
     this.health = health;
-    this.polled = Math.min(this.polled, now());  // of a clock that was set back meanwhile
+    this.polled = Math.min(this.polled, now());  // of a clock that was set back
     const known = wanted.filter((asset) => health.assets.includes(asset));
     this.only = known.length < health.assets.length ? known.join() : '';
     this.assets = known.length ? known : health.assets;

@@ -1,16 +1,16 @@
-// Numbers and times as a person reads them: pure functions.
+// Numbers and times as a person reads them.
 
 const MINUTE = 60, HOUR = 3600, DAY = 86400;  // seconds
-const LAST = 20;  // points that decide how many decimals a row has
+const LAST = 20;
 const TIME_STEPS = [1, 2, 5, 10, 15, 30].map((n) => n * MINUTE)
-  .concat([1, 2, 3, 6, 12].map((n) => n * HOUR), [1, 2, 5, 7, 14].map((n) => n * DAY));  // then months
-const PRICE_STEPS = [1, 2, 5, 10, 2.5, 3, 4, 6, 8, 1.5];  // the roundest first
+  .concat([1, 2, 3, 6, 12].map((n) => n * HOUR), [1, 2, 5, 7, 14].map((n) => n * DAY));
+const PRICE_STEPS = [1, 2, 5, 10, 2.5, 3, 4, 6, 8, 1.5];
 const MONTH_STEPS = [1, 2, 3, 6, 12];
 
-const formats = new Map();  // by decimals: making one takes longer than using it a hundred times
+const formats = new Map();  // by decimals: it takes long to make one
 
 function withDecimals(number, decimals) {
-  const digits = Math.min(decimals, 20);  // more are not allowed everywhere
+  const digits = Math.min(decimals, 20);
   if (!formats.has(digits)) {
     const options = { minimumFractionDigits: digits, maximumFractionDigits: digits };
     formats.set(digits, new Intl.NumberFormat('en-US', options));
@@ -20,8 +20,8 @@ function withDecimals(number, decimals) {
 
 const magnitude = (price) => Math.floor(Math.log10(price));
 
-// Five digits tell enough, but cents always: 177.53, 0.093412. A price that has fewer keeps its own (0.0934), unless it
-// is so small that the zeros before them are more than the digits. From a million on no cents.
+// Five digits, but cents always: 177.53, 0.093412. A price that has fewer keeps its own (0.0934), unless it is tiny.
+// From a million on no cents.
 export function decimalsOf(price) {
   if (price >= 1e6) return 0;
   if (price < 1e-6) return 4 - magnitude(price);
@@ -30,8 +30,7 @@ export function decimalsOf(price) {
   return Math.max(own, 2);
 }
 
-// The decimals of a row: those that its last prices need, so that numbers do not jump about; but one bad tick of
-// 0.0000012 among prices of 65,981 does not count.
+// Those that the last prices of a row need, so that numbers do not jump; but not for one bad tick of 0.0000012.
 export function commonDecimals(prices) {
   const last = prices.slice(-LAST);
   if (!last.length) return 0;
@@ -57,7 +56,7 @@ export function formatAge(seconds) {
   return minutes < 2880 ? `${Math.floor(minutes / 60)} h ${minutes % 60} min` : `${Math.floor(minutes / 1440)} days`;
 }
 
-// With the date unless it is today's, and with the zone: the clocks may have changed since.
+// With the date unless it is today's, and the zone: the clocks may have changed since.
 export function formatTime(epoch, today, options = { timeZoneName: 'short' }) {
   const date = new Date(epoch * 1000), current = new Date(today * 1000);
   const day = date.toDateString() === current.toDateString() ? {} : { day: 'numeric', month: 'short' };
@@ -65,7 +64,7 @@ export function formatTime(epoch, today, options = { timeZoneName: 'short' }) {
   return date.toLocaleString('en-GB', { hour: '2-digit', minute: '2-digit', ...day, ...options });
 }
 
-// What a person types: 70000, 70,000.50, 0.093 or 0,093. NaN for what is no price.
+// 70000, 70,000.50, 0.093 or 0,093, as people type. NaN for what is no price.
 export function parsePrice(text) {
   const bare = text.replace(/[\s_]/g, '');
   if (/^[1-9]\d{0,2}(,\d{3})+(\.\d+)?$/.test(bare)) return positive(bare.replace(/,/g, ''));
@@ -74,7 +73,6 @@ export function parsePrice(text) {
 
 const positive = (text) => (Number(text) > 0 && Number(text) < Infinity ? Number(text) : NaN);
 
-// `price` as round as a pointer can tell in a chart of this height (both in the quote currency).
 export function roundedPrice(price, height) {
   const digits = -Math.floor(Math.log10(height / 50));
   return Number(digits > 0 ? price.toFixed(Math.min(digits, 20)) : Math.round(price * 10 ** digits) / 10 ** digits);
@@ -86,14 +84,12 @@ const multiples = (step, low, high) => {
   return found;
 };
 
-// Three or four round prices from low to high.
 export function roundPrices(low, high) {
   const unit = 10 ** Math.floor(Math.log10((high - low) / 3));
   const grids = PRICE_STEPS.map((step) => multiples(step * unit, low, high));
   return grids.find(({ length }) => length === 3 || length === 4) ?? [];
 }
 
-// At most `most` round times from start to end (epoch seconds), by the visitor's clock.
 export function roundTimes(start, end, most = 4) {
   const step = TIME_STEPS.find((each) => (end - start) / each <= most);
   const date = new Date(start * 1000), found = [];
@@ -110,7 +106,6 @@ export function roundTimes(start, end, most = 4) {
   return found;
 }
 
-// A round time as short as it can be told: 14:30, 23 Nov, Nov.
 export function formatRoundTime(epoch, span) {
   const date = new Date(epoch * 1000);
   if (span > 60 * DAY) return date.toLocaleString('en-GB', { month: 'short', year: date.getMonth() ? undefined : 'numeric' });

@@ -1,12 +1,11 @@
-// The history: the points of each row, and the request for those that the server has.
+// The past: the points of each row, and the question for those of the server.
 
-import { now, steady } from './clock.js';
-import { ask } from './line.js';
+import { ask, now, steady } from './server.js';
 
-const TIMEOUT = 120;  // seconds, on a slow line; the prices do not wait for it
-const RETRY = 15;  // seconds between two tries
+const PATIENCE = 120;  // seconds
+const AGAIN = 15;  // seconds between two tries
 
-// As in the server's history: one point a step, the last poll in it; what is older than the range is removed.
+// As in the server's history: one point a step, the last poll in it.
 export function addPoint(points, [time, price], { step, seconds }) {
   if (points.length && Math.floor(points[points.length - 1][0] / step) === Math.floor(time / step)) points.pop();
   points.push([time, price]);
@@ -18,23 +17,23 @@ export function prune(points, start) {
   points.splice(0, first < 0 ? points.length : first);
 }
 
-// A server without a history file starts with none when it is restarted: the page keeps its own points.
+// The page keeps what a server that was restarted does not know.
 export function mergePoints(own, points, until) {
   const first = points.length ? points[0][0] : Infinity, last = points.length ? points[points.length - 1][0] : -Infinity;
   const kept = own.filter(([time]) => time < first || (time > last && time <= until));
   return [...kept, ...points].sort((one, other) => one[0] - other[0]);
 }
 
-// A day as soon as there is more than an hour of past, or an hour has hardly a poll, unless `name` says another.
+// `name`, or a day once there is more than an hour of past, or hardly a poll in an hour.
 export function chooseRange({ ranges, interval_seconds: interval }, name, time) {
   const longest = Math.max(3 * interval, ...ranges.map(({ since }) => time - (since ?? Infinity)));
   return ranges.find((each) => each.name === name) ?? (longest > ranges[0].seconds ? ranges[1] : ranges[0]);
 }
 
 export class Past {
-  range = null;  // one of those in /healthz: that of the points in the rows
-  chosen = null;  // the one to be shown
-  #due = Infinity;  // when to ask, by steady(); Infinity once it was asked
+  range = null;
+  chosen = null;
+  #due = Infinity;
   #request = null;
 
   get isDue() { return this.#due < Infinity; }
@@ -47,7 +46,6 @@ export class Past {
     this.askSoon();
   }
 
-  // For what was missed.
   askSoon() {
     if (this.chosen) this.#due = 0;
   }
@@ -57,16 +55,15 @@ export class Past {
     this.range = this.chosen = this.#request = null;
   }
 
-  // The points by asset, or null when there is nothing new.
   async load(query) {
     if (this.#request || steady() < this.#due) return null;
     const request = this.#request = new AbortController(), range = this.chosen;
     this.#due = Infinity;
-    const answer = await ask(`history?range=${range.name}${query}`, TIMEOUT, request);
+    const answer = await ask(`history?range=${range.name}${query}`, PATIENCE, request);
     if (request !== this.#request) return null;
     this.#request = null;
     if (!answer || 'error' in answer) {
-      this.#due = steady() + RETRY;
+      this.#due = steady() + AGAIN;
       return null;
     }
     this.range = range;
@@ -74,7 +71,6 @@ export class Past {
   }
 }
 
-// What `answer` has for each row.
 export function takePast(rows, answer) {
   for (const row of rows) row.points = mergePoints(row.points, answer[row.asset] ?? [], now());
 }

@@ -1,56 +1,55 @@
-// The page: prices from the feed into rows, the state, and what happens when somebody does something.
+// The page: prices from the feed into rows, the state, and what somebody does.
 
-import * as address from './address.js';
-import { Bells } from './bells.js';
-import { Charts } from './chart.js';
-import { hasSlept, now, steady } from './clock.js';
-import { byId, setText } from './dom.js';
+import { Alerts } from './alerts.js';
+import { Charts, startReading } from './chart.js';
 import { Feed } from './feed.js';
 import { formatAge } from './format.js';
 import { addPoint, chooseRange, Past, takePast } from './history.js';
-import { fitSoon, showFilter } from './layout.js';
-import { socketAddress } from './line.js';
-import { setReading, startReading } from './reading.js';
-import { showState, stateOf, titleOf } from './state.js';
+import {
+  byId, fitSoon, getChoice, setChoice, setText, showFilter, showState, stateOf, titleOf, wanted } from './layout.js';
+import { hasSlept, now, socketAddress, steady } from './server.js';
 import { Table } from './table.js';
 
-const HIDDEN = 600;  // seconds that a hidden page keeps a server polling that would rather pause
+const HIDDEN = 600;  // seconds until a hidden page lets a server pause
 const DRAW = 5;  // seconds between two drawings of the charts
 
-const feed = new Feed(address.wanted, {
-  price: receive, health: takeHealth, changed: refresh, slept: startAgain,
+const feed = new Feed(wanted, {
+  price: receive, health: takeHealth, changed: refresh, slept: beginAnew,
   opened: () => { past.askSoon(); refresh(); } });
 const table = new Table({
-  arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fitSoon(() => table.shown); },
+  arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fit(); },
   shown: showTitle,
-  tint: () => feed.health?.interval_seconds ?? Infinity });
-const past = new Past(), charts = new Charts(() => refresh(true)), bells = new Bells(table);
-let state = 'connecting', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;  // by steady()
+  interval: () => feed.health?.interval_seconds ?? Infinity });
+const past = new Past(), charts = new Charts(() => refresh(true)), alerts = new Alerts(table);
+const early = [];
+let state = 'connecting', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;
 
+const fit = () => fitSoon(() => table.shown);
 const age = () => Math.max(now() - feed.polled, 0);
 const staleAfter = () => feed.health?.stale_after_seconds ?? Infinity;
 
-function receive({ asset_id: asset, price, time }, { at, isNew, isGap }) {
-  if (!feed.health && !table.find(asset)) unknown.add(asset);
-  if (unknown.size && !feed.health) arrangeUnknown();
-  const row = table.find(asset);
-  if (!row) return;
+function receive(update, how) {
+  const row = table.find(update.asset_id);
+  if (row) take(row, update, how);
+  else if (!feed.health && early.push([update, how]) === 1) setTimeout(takeEarly, 20);  // all of one snapshot at once
+}
+
+function takeEarly() {
+  const assets = early.map(([update]) => update.asset_id);
+  if (!feed.health) table.arrange([...new Set([...table.rows.map((row) => row.asset), ...assets])]);
+  for (const [update, how] of early.splice(0)) receive(update, how);
+}
+
+function take(row, { price, time }, { at, isNew, isGap }) {
   row.time = Date.parse(time.replace(/\.\d+/, '')) / 1000 || 0;
   if (isGap) row.isAway = row.isUnchecked = true;
   if (isNew) {
     if (past.range) addPoint(row.points, [at, price], past.range);
-    bells.check(row, price, row.isAway || at - row.at > staleAfter());
+    alerts.check(row, price, row.isAway || at - row.at > staleAfter());
     Object.assign(row, { at, isAway: false, isUnchecked: false });
   }
   table.change(row, price, isNew);
-  if (state !== 'live' || past.isDue || bells.unseen) refresh();
-}
-
-// The feed may be faster than /healthz: its assets are shown then, all of one snapshot at once.
-const unknown = new Set();
-function arrangeUnknown() {
-  table.arrange([...table.rows.map((row) => row.asset), ...unknown]);
-  unknown.clear();
+  if (state !== 'live' || past.isDue || alerts.unseen) refresh();
 }
 
 function takeHealth(isOther) {
@@ -60,13 +59,14 @@ function takeHealth(isOther) {
     past.forget();
   }
   if (assets.join() !== table.rows.map((row) => row.asset).join()) table.arrange(assets);
-  bells.take(health);
-  const missing = address.wanted.filter((asset) => !health.assets.includes(asset));
+  takeEarly();
+  alerts.take(health);
+  const missing = wanted.filter((asset) => !health.assets.includes(asset));
   setText(byId('in'), ` in ${health.quote}`);
   setText(byId('unknown'), missing.length ? `Not tracked here: ${missing.join(', ')}.` : '');
   byId('all').hidden = !only;
   document.body.dataset.source = health.source;
-  if (!past.chosen) showRange(chooseRange(health, address.get('range'), now()));
+  if (!past.chosen) showRange(chooseRange(health, getChoice('range'), now()));
 }
 
 function showRange(range) {
@@ -81,29 +81,25 @@ function showRange(range) {
   byId('csv').href = `history?range=${range.name}${query}&format=csv`;
   byId('csv').hidden = false;
   table.link();
-  setReading({ quote: feed.health.quote, hasSeconds: range.step < 60 });
 }
 
 async function loadPast() {
-  if (!past.isDue || (!feed.isServed && feed.phase !== 'waiting')) return;  // prices first
+  if (!past.isDue || (!feed.isServed && feed.phase !== 'waiting')) return;
   const answer = await past.load(feed.only && `&assets=${feed.only}`);
   if (!answer) return;
   takePast(table.rows, answer);
   for (const row of table.rows) {
     const last = row.points[row.points.length - 1];
     if (last) table.change(row, (feed.hasSeen(row.asset) && row.price) || last[1], false);
-    // Without a feed, or before the server's first poll, what was recorded last is all there is.
     if (last && (!feed.isServed || feed.health.age_seconds === null)) feed.polled = Math.max(feed.polled, last[0]);
   }
   refresh(true);
-  fitSoon(() => table.shown);
+  fit();
 }
-
-/* The state, once a second and when something happened */
 
 function refresh(drawNow = false) {
   const { health } = feed;
-  // The prices that a connection begins with are as old as /healthz says.
+  // What a connection begins with is as old as /healthz says.
   if (feed.isServed && feed.answered) feed.polled = Math.max(feed.polled, health.polled);
   loadPast();
   state = stateOf(feed, table.rows, age() > staleAfter());
@@ -117,7 +113,7 @@ function refresh(drawNow = false) {
 }
 
 function showTitle() {
-  document.title = titleOf(state, bells.unseen, feed.health?.source === 'demo', table.rows[0]);
+  document.title = titleOf(state, alerts.unseen, feed.health?.source === 'demo', table.rows[0]);
 }
 
 function draw() {
@@ -125,23 +121,24 @@ function draw() {
   const off = table.mark(state === 'live', feed.polled, (asset) => feed.hasSeen(asset));
   setText(byId('clocks'), off ? `The clocks of this server and of CoinAPI differ by about ${formatAge(off)}.` : '');
   charts.draw({
-    rows: table.rows, range: past.range, polled: feed.polled, stale: staleAfter(), interval: feed.health.interval_seconds,
+    rows: table.rows, range: past.range, polled: feed.polled, stale: staleAfter(),
+    interval: feed.health.interval_seconds, quote: feed.health.quote,
     drawn: () => {
       for (const row of table.rows) if (row.price !== null) table.change(row, row.price, false);
       table.sortUnlessUsed();
     } });
 }
 
-// The prices that a connection began with, now that they are known to be current.
+// What a connection began with, now that it is known to be current.
 function checkAlerts() {
   for (const row of table.rows) {
     if (!row.isUnchecked) continue;
-    bells.check(row, row.price, true);
+    alerts.check(row, row.price, true);
     Object.assign(row, { at: feed.polled, isAway: false, isUnchecked: false });
   }
 }
 
-function startAgain() {
+function beginAnew() {
   feed.trouble = 'connecting';
   past.askSoon();
   feed.connect();
@@ -150,9 +147,9 @@ function startAgain() {
 
 function tick() {
   if (feed.phase === 'paused') return;
-  if (hasSlept()) return startAgain();
+  if (hasSlept()) return beginAnew();
   const isUnseen = steady() - hiddenSince > HIDDEN;
-  if (isUnseen && feed.health?.pause_when_idle && !bells.isAnySet) feed.hangUp('paused');
+  if (isUnseen && feed.health?.pause_when_idle && !table.hasAlert) feed.hangUp('paused');
   else feed.tick(state === 'live');
   refresh();
 }
@@ -160,21 +157,19 @@ function tick() {
 function wake() {
   hiddenSince = document.hidden ? Math.min(hiddenSince, steady()) : Infinity;
   if (document.hidden) return;
-  bells.seen();
+  alerts.unseen = '';
   tick();
-  if (feed.phase === 'open') feed.askHealth();
+  if (feed.phase === 'open') feed.look();
   else if (feed.phase !== 'opening') feed.connect();
   table.flush();
   refresh(true);
 }
 
-/* What somebody does */
-
 function click({ target }) {
   const head = target.closest('[data-sort]');
   if (head && target.matches('button')) table.sortBy(head.dataset.sort);
   if (!target.matches('#ranges button')) return;
-  address.set('range', target.textContent);
+  setChoice('range', target.textContent);
   showRange(chooseRange(feed.health, target.textContent, now()));
   refresh();
 }
@@ -186,11 +181,11 @@ function start() {
   byId('filter').addEventListener('input', ({ target }) => table.filter(target.value));
   startReading(table, byId('rows'));
   for (const type of ['online', 'offline', 'visibilitychange']) addEventListener(type, wake);
-  // Back and forward: a browser may hold the page as it was, but not with an open connection.
+  // Back and forward: the page may be as it was, but without its connection.
   addEventListener('pagehide', () => feed.hangUp('waiting'));
-  addEventListener('pageshow', ({ persisted }) => { if (persisted) startAgain(); });
-  addEventListener('resize', () => fitSoon(() => table.shown));
-  new ResizeObserver(() => fitSoon(() => table.shown)).observe(byId('size'));
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) beginAnew(); });
+  addEventListener('resize', fit);
+  new ResizeObserver(fit).observe(byId('size'));
   feed.connect();
   setInterval(tick, 1000);
 }

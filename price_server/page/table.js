@@ -1,12 +1,11 @@
 // The rows: which there are and in which order, and what each says of its price.
 
-import * as address from './address.js';
-import { byId, setText } from './dom.js';
 import { commonDecimals, formatAge, formatChange, formatPrice, formatTime } from './format.js';
-import { now } from './clock.js';
+import { byId, getChoice, linkTo, setChoice, setText } from './layout.js';
+import { now } from './server.js';
 
-const TINT = 0.7;  // seconds that a changed price is tinted, and at most a third of the interval
-const WRONG = 300;  // seconds that the time of an asset may be from that of the poll: CoinAPI's lag by about 30 s
+const TINT = 0.7;  // seconds, and at most a third of the interval
+const WRONG = 300;  // seconds from the time of the poll; CoinAPI's lags by about 30 s
 const DIRECTIONS = { '+': ['up', '▲'], '−': ['down', '▼'] };
 
 function makeRow(asset) {
@@ -16,17 +15,15 @@ function makeRow(asset) {
   parts.chart.setAttribute('aria-label', `${asset} chart`);
   parts.bell.setAttribute('aria-label', `Alert for ${asset}`);
   return {
-    asset, tr, parts, price: null, time: 0,  // time: CoinAPI's, epoch seconds; 0 for none
-    points: [],  // [epoch seconds, price], oldest first
-    base: null, change: null,  // the point that the change is counted from
-    low: Infinity, high: -Infinity, decimals: 0,
-    reading: null,  // the point that is pointed at
-    alert: null, isAway: true, at: -Infinity,  // whether a crossing may have been missed since the poll at `at`
-    isMoved: false, isFilteredOut: false,
+    asset, tr, parts, price: null, time: 0,  // time: CoinAPI's; 0 for none
+    points: [],
+    base: null, change: null,
+    low: Infinity, high: -Infinity, decimals: 0, reading: null,
+    alert: null, isAway: true, at: -Infinity,  // a crossing may have been missed since `at`
   };
 }
 
-// What is wrong with the time of each asset, and with all of them: by the server's time of the poll, `polled`.
+// What is wrong with the time of each asset, and of all, by that of the poll.
 export function findWrongTimes(times, polled) {
   const offsets = times.map((time) => (time ? time - polled : 0));
   const known = offsets.filter((_, i) => times[i]), low = Math.min(...known), high = Math.max(...known);
@@ -40,13 +37,13 @@ export function findWrongTimes(times, polled) {
 export function compareRows(by, way) {
   return (one, other) => {
     const [a, b] = [one[by], other[by]];
-    if (a === null || b === null) return (a === null) - (b === null);  // without a value: last
+    if (a === null || b === null) return (a === null) - (b === null);
     return way * ((a > b) - (a < b));
   };
 }
 
 export class Table {
-  rows = [];  // in the order of the address, or as tracked
+  rows = [];
   #byAsset = new Map();
   #body = byId('rows');
   #changed = new Set();
@@ -55,18 +52,18 @@ export class Table {
   #by = '';
   #way = 1;
 
-  // on: arranged(), shown(), tint(): the interval in seconds
+  // on: arranged(), shown(), interval() in seconds
   constructor(on) {
     this.on = on;
-    const [, sign, by] = /^(-?)(asset|price|change)$/.exec(address.get('sort')) ?? [];
+    const [, sign, by] = /^(-?)(asset|price|change)$/.exec(getChoice('sort')) ?? [];
     if (by) [this.#by, this.#way] = [by, sign ? -1 : 1];
     this.#showSort();
   }
 
   find(asset) { return this.#byAsset.get(asset); }
+  get hasAlert() { return this.rows.some(({ alert }) => alert); }
   get shown() { return this.rows.filter((row) => !row.isFilteredOut); }
 
-  // Rows that exist already are kept.
   arrange(assets) {
     this.rows = assets.map((asset) => this.find(asset) ?? makeRow(asset));
     this.#byAsset = new Map(this.rows.map((row) => [row.asset, row]));
@@ -76,11 +73,10 @@ export class Table {
     this.sort();
   }
 
-  // Links to each asset alone and to all assets; the rest of the address is kept.
   link() {
-    byId('all').href = address.linkTo('');
+    byId('all').href = linkTo('');
     for (const { asset, parts } of this.rows) {
-      if (this.rows.length > 1) parts.asset.href = address.linkTo(asset);
+      if (this.rows.length > 1) parts.asset.href = linkTo(asset);
       else parts.asset.removeAttribute('href');
     }
   }
@@ -98,25 +94,25 @@ export class Table {
     this.on.arranged();
   }
 
-  // Repeated calls: one way, the other way, then unsorted.
+  // One way, the other way, as it was.
   sortBy(by) {
     const first = by === 'asset' ? 1 : -1;
     if (by !== this.#by) [this.#by, this.#way] = [by, first];
     else if (this.#way === first) this.#way = -first;
     else [this.#by, this.#way] = ['', 1];
-    address.set('sort', `${this.#by && this.#way < 0 ? '-' : ''}${this.#by}`);
+    setChoice('sort', `${this.#by && this.#way < 0 ? '-' : ''}${this.#by}`);
     this.#showSort();
     this.link();
     this.sort();
   }
 
   sort() {
-    const sorted = this.#by ? this.rows.slice().sort(compareRows(this.#by, this.#way)) : this.rows;
-    const { children } = this.#body;
+    const { children } = this.#body, sorted = this.rows.slice();
+    if (this.#by) sorted.sort(compareRows(this.#by, this.#way));
     sorted.forEach(({ tr }, i) => { if (tr !== children[i]) this.#body.insertBefore(tr, children[i]); });
   }
 
-  // Not while the pointer or the focus is in the table.
+  // Never under somebody's hand.
   sortUnlessUsed() {
     if (this.#by && !this.#body.matches(':hover, :focus-within')) this.sort();
   }
@@ -128,7 +124,7 @@ export class Table {
     }
   }
 
-  // Shown with the next frame, all that came at once; a hidden page has none.
+  // Shown with the next frame, which a hidden page has not.
   change(row, price, isNew) {
     row.price = price;
     row.isMoved ||= isNew;
@@ -160,22 +156,25 @@ export class Table {
   #tint(part, isUp) {
     part.className = isUp ? 'up' : 'down';
     if (this.#tinted.push(part) > 1) return;
-    const seconds = Math.min(TINT, this.on.tint() / 3);
+    const seconds = Math.min(TINT, this.on.interval() / 3);
     setTimeout(() => { while (this.#tinted.length) this.#tinted.pop().className = ''; }, seconds * 1000);
   }
 
-  // What is wrong with one asset. Returns by how much all times are off, or 0.
+  // Returns by how much all times are off, or 0.
   mark(isLive, polled, hasSeen) {
     const { notes, clocks } = findWrongTimes(this.rows.map(({ time }) => time), polled);
     this.rows.forEach((row, i) => {
-      const last = row.points[row.points.length - 1];
-      const missing = last ? `no price since ${formatTime(last[0], now())}` : 'no price yet';
-      const note = !isLive ? '' : hasSeen(row.asset) ? notes[i] : missing;
+      const note = !isLive ? '' : hasSeen(row.asset) ? notes[i] : tellLast(row);
       row.tr.classList.toggle('old', Boolean(note));
       setText(row.parts.note, note);
     });
     return isLive ? clocks : 0;
   }
+}
+
+function tellLast({ points }) {
+  const last = points[points.length - 1];
+  return last ? `no price since ${formatTime(last[0], now())}` : 'no price yet';
 }
 
 // No price that is shown in a row may be outside the low and high beside it.

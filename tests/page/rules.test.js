@@ -7,9 +7,9 @@ globalThis.document = { getElementById: () => null };
 const page = '../../price_server/page';
 const { newAlert, watch } = await import(`${page}/alerts.js`);
 const { addPoint, chooseRange, mergePoints, prune } = await import(`${page}/history.js`);
-const { backoff, socketAddress } = await import(`${page}/line.js`);
+const { backoff, socketAddress } = await import(`${page}/server.js`);
 const { compareRows, findWrongTimes } = await import(`${page}/table.js`);
-const { priceAt, xOf, yOf } = await import(`${page}/scale.js`);
+const { priceAt, xOf, yOf } = await import(`${page}/chart.js`);
 
 const HOUR = { name: '1h', seconds: 3600, step: 10 }, DAY = { name: '24h', seconds: 86400, step: 300 };
 

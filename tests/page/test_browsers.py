@@ -119,11 +119,10 @@ def test_ten_assets_fill_a_wall(view: View, server: PriceServer, width: int, hei
     view.driver.set_size(width, height)
     view.visit(server.port)
     view.wait_for_charts()
-    wait_for(lambda: view.run("return document.documentElement.scrollHeight") <= height)
-    assert view.run("return document.documentElement.scrollWidth") <= width
-    inner = view.run("return innerHeight")  # WebKit's window has a frame of its own
-    assert inner > 0.8 * height
-    wait_for(lambda: view.box("footer")["bottom"] > 0.9 * inner, what="a full wall")
+    wait_for(lambda: 0.9 * height < view.box("footer")["bottom"] <= height)
+    assert view.run(
+        "const {scrollWidth, scrollHeight} = document.documentElement; return [scrollWidth, scrollHeight]"
+    ) == [width, height]
     digits = 0.7  # of the size of the text
     assert float(view.style("tbody [data-part=price]", "fontSize").removesuffix("px")) * digits >= 28 * height / 1080
 
@@ -132,11 +131,11 @@ def test_keys_and_pointer_read_a_chart(view: View, server: PriceServer) -> None:
     view.visit(server.port)
     view.wait_for_charts()
 
-    def read() -> bool:
+    def point() -> bool:  # again where a row has moved meanwhile
         view.click("tbody tr:nth-child(4) [data-part=chart]")
         return " · " in view.part("text")[3]
 
-    wait_for(read, what="a reading")
+    wait_for(point)
     assert not view.part("text")[3].startswith("110.00 · ")
     view.press(END)
     wait_for(lambda: view.part("text")[3].startswith("110.00 · "))

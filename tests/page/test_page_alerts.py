@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from browser import Clock, Page, StartServer, prices
+from browser import NOT_READY, RESTART, Clock, Page, StartServer, prices
 from running import wait_for
 from selenium.webdriver import Keys
 
@@ -20,7 +20,6 @@ NOTIFY = """
 
 @pytest.fixture(autouse=True)
 def storage(page: Page) -> Iterator[None]:
-    page.lines_break = True
     yield
     page.run("if (location.protocol === 'http:') localStorage.clear()")
 
@@ -68,6 +67,7 @@ def test_after_a_reload_nothing_fires_but_the_crossing_is_told(page: Page, serve
 
 
 def test_stale_prices_fire_nothing(page: Page, start_server: StartServer) -> None:
+    page.expect(NOT_READY)
     clock = Clock()
     server = start_server(**clock.options())
     prices(server, 99.0)
@@ -134,6 +134,7 @@ def test_the_page_says_what_it_cannot_do(page: Page, server: PriceServer, break_
 def test_a_crossing_that_a_lost_connection_hid_is_told(
     page: Page, server: PriceServer, start_server: StartServer
 ) -> None:
+    page.expect(*RESTART)
     prices(server, 99.0)
     page.visit(server.port)
     set_line(page, "100")

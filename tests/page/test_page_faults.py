@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from browser import Clock, Line, Page, StartServer, prices, record, remember, time_of
+from browser import RESTART, Clock, Line, Page, StartServer, prices, record, remember, time_of
 from running import wait_for
 from selenium.webdriver import ActionChains, Keys
 
@@ -41,17 +41,17 @@ def test_an_old_browser_shows_prices_past_and_order(page: Page, server: PriceSer
 
 
 def test_a_page_whose_modules_do_not_load_says_so(page: Page, server: PriceServer, lay_line: LayLine) -> None:
+    page.expect(r"/server.js - Failed to load resource: .* status of 502")
     line = lay_line(server)
-    line.rates = {"/format.js": None}
-    page.lines_break = True
+    line.rates = {"/server.js": None}
     page.browser.get(f"http://127.0.0.1:{line.port}/")
     wait_for(lambda: page.first("#loading").is_displayed(), 10, "the text that stands in the HTML")
     assert not page.first("#status").is_displayed()
 
 
 def test_the_hole_of_a_lost_connection_is_filled(page: Page, server: PriceServer, lay_line: LayLine) -> None:
+    page.expect(*RESTART)
     line = lay_line(server)
-    page.lines_break = True
     record(server, 3000, 10)
     prices(server, 100.0)
     page.visit(line.port, query="?range=1h")
@@ -100,6 +100,35 @@ def test_a_price_is_never_outside_its_low_and_high(page: Page, server: PriceServ
         prices(server, price)
         wait_for(lambda price=price: page.part("price")[0] == f"{price:.2f}")  # type: ignore[misc]
         assert (page.part("low")[0], page.part("high")[0]) == (low, high)
+
+
+TINTS = """
+    window.tints = [];
+    new MutationObserver(() => {
+      const {className, textContent} = document.querySelector('[data-part=price]');
+      if (className !== tints.at(-1)?.[0]) {
+        const colour = getComputedStyle(document.querySelector('[data-part=price]')).color;
+        tints.push([className, colour, document.getAnimations().length]);
+      }
+    }).observe(document.querySelector('[data-part=price]'), {attributes: true});
+"""
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_price_that_moved_is_tinted_for_a_moment_without_a_fade(page: Page, server: PriceServer, motion: str) -> None:
+    page.emulate(prefers_reduced_motion=motion)
+    prices(server, 2.0)
+    page.visit(server.port)
+    ink = page.style("[data-part=price]", "color")
+    page.run(TINTS)
+    for price in (2.1, 1.9):
+        prices(server, price)
+        wait_for(lambda: page.run("return tints.at(-1)?.[0]") == "", what="the tint gone")
+        assert page.style("[data-part=price]", "color") == ink
+        page.run("tints.push(['-'])")
+    (up, up_colour, up_moves), _, _, (down, down_colour, down_moves), *_ = page.run("return tints")
+    assert (up, down, up_moves, down_moves) == ("up", "down", 0, 0)
+    assert (len({ink, up_colour, down_colour}) == 3) == (motion == "no-preference")
 
 
 def test_a_change_that_is_not_shown_is_not_tinted(page: Page, server: PriceServer) -> None:
@@ -164,7 +193,6 @@ def test_a_single_chart_has_labelled_lines(page: Page, server: PriceServer, widt
 
 
 def test_a_hidden_page_prunes_its_points(page: Page, start_server: StartServer) -> None:
-    page.lines_break = True
     clock = Clock()
     server = start_server(**clock.options())
     remember(server, (server._wall_clock() - 3000, dict.fromkeys(server.assets, "100.0")))
@@ -172,11 +200,11 @@ def test_a_hidden_page_prunes_its_points(page: Page, start_server: StartServer) 
     page.visit(server.port, query="?range=1h")
     page.wait_for_charts()
     page.look_away()
-    for _ in range(50):
-        clock.ahead += 80
-        page.pass_time(80)
+    for _ in range(100):
+        clock.ahead += 40
+        page.pass_time(40)
         prices(server, 101.0)
     page.look_away(False)
     wait_for(lambda: page.part("price")[0] == "101.00")
     page.wait_for_charts()
-    assert page.path("line").count("L") + page.path("line").count("M") < 50
+    assert page.path("line").count("L") + page.path("line").count("M") <= 91

@@ -6,7 +6,20 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from browser import Clock, Line, Page, StartServer, prices, record, time_of
+from browser import (
+    NO_SERVER,
+    NO_SOCKET,
+    NO_STREAM,
+    NOT_READY,
+    RESTART,
+    Clock,
+    Line,
+    Page,
+    StartServer,
+    prices,
+    record,
+    time_of,
+)
 from running import ASSETS, Tracker, wait_for
 from stand_in import KEY, StandIn
 from websockets.sync.client import connect
@@ -19,11 +32,6 @@ from tracker import Poller
 LOST = "Connection lost, reconnecting"
 HOUR = 3600
 LayLine = Callable[[PriceServer], Line]
-
-
-@pytest.fixture(autouse=True)
-def lines_break(page: Page) -> None:
-    page.lines_break = True
 
 
 def wait_for_price(page: Page, price: str, seconds: float = 30.0) -> None:
@@ -40,6 +48,7 @@ def xs(page: Page, row: int = 0) -> list[float]:
 
 
 def test_prices_wait_for_nothing_else(page: Page, server: PriceServer, lay_line: LayLine) -> None:
+    page.expect(NO_SERVER)
     line = lay_line(server)
     line.rates = {"/healthz": 0, "/history?": 0}
     prices(server, 2.0)
@@ -87,6 +96,7 @@ def test_the_past_may_take_longer_than_the_patience_for_the_rest(
 def test_a_range_that_does_not_come_leaves_the_one_before_in_place(
     page: Page, server: PriceServer, lay_line: LayLine
 ) -> None:
+    page.expect(r"/history\S+ - Failed to load resource: .* status of 502")
     line = lay_line(server)
     record(server, 2 * HOUR, 300)
     prices(server, 110.0)
@@ -110,6 +120,7 @@ def test_a_range_that_does_not_come_leaves_the_one_before_in_place(
 def test_after_sleep_the_page_connects_anew_and_its_times_are_right(
     page: Page, start_server: StartServer, lay_line: LayLine, clocks: str
 ) -> None:
+    page.expect(*RESTART)
     clock = Clock()
     server = start_server(**clock.options())
     line = lay_line(server)
@@ -134,6 +145,7 @@ def test_after_sleep_the_page_connects_anew_and_its_times_are_right(
 def test_a_connection_that_sleep_left_half_open_is_not_waited_for(
     page: Page, start_server: StartServer, lay_line: LayLine, clocks: str
 ) -> None:
+    page.expect(*RESTART)
     server = start_server(interval=600.0)  # prices are not stale for half an hour
     line = lay_line(server)
     prices(server, 100.0)
@@ -182,6 +194,7 @@ def test_a_wrong_clock_of_the_visitor_is_not_believed(page: Page, start_server: 
 
 
 def test_a_connection_that_went_silent_is_replaced(page: Page, start_server: StartServer, lay_line: LayLine) -> None:
+    page.expect(*RESTART)
     clock = Clock()
     server = start_server(**clock.options())
     line = lay_line(server)
@@ -201,6 +214,7 @@ def test_a_connection_that_went_silent_is_replaced(page: Page, start_server: Sta
 def test_a_feed_that_is_not_passed_on_is_told_from_a_lost_connection(
     page: Page, server: PriceServer, lay_line: LayLine
 ) -> None:
+    page.expect(NO_SOCKET, NO_STREAM)
     line = lay_line(server)
     line.rates = {"/ws": None, "/stream": None}
     record(server, 2 * HOUR, 300)
@@ -220,17 +234,19 @@ def test_a_feed_that_is_not_passed_on_is_told_from_a_lost_connection(
 
 
 def test_a_feed_that_never_answers_is_given_up(page: Page, server: PriceServer, lay_line: LayLine) -> None:
+    page.expect(NO_SOCKET, NO_SERVER)
     line = lay_line(server)
     line.rates = {"/ws": 0, "/stream": 0}
     prices(server, 110.0)
     page.visit(line.port, "Connecting …")
     wait_for(lambda: page.text("h1") == "Prices in USD", what="/healthz without a socket")
-    for _ in range(2):  # WebSocket, then the stream
+    for _ in "WebSocket", "stream":
         page.pass_time(6)
     page.wait_for_state("No live prices")
 
 
 def test_a_full_server_says_so_until_there_is_a_place(page: Page, start_server: StartServer) -> None:
+    page.expect(NO_SOCKET, NO_STREAM)
     server = start_server(max_clients=1)
     prices(server, 2.0)
     with connect(f"ws://127.0.0.1:{server.port}/ws"):
@@ -243,6 +259,7 @@ def test_a_full_server_says_so_until_there_is_a_place(page: Page, start_server: 
 
 
 def test_a_lost_connection_shows_and_the_page_comes_back_by_itself(page: Page) -> None:
+    page.expect(*RESTART)
     with Tracker("--demo") as tracker:
         page.visit(tracker.port)
         page.run("window.same = true")
@@ -259,6 +276,7 @@ def test_a_lost_connection_shows_and_the_page_comes_back_by_itself(page: Page) -
 
 
 def test_the_page_comes_back_at_once_when_the_browser_comes_online(page: Page, start_server: StartServer) -> None:
+    page.expect(*RESTART)
     first = start_server()
     page.visit(first.port, "Waiting for the first prices")
     first.shutdown_gracefully()
@@ -273,6 +291,7 @@ def test_the_page_comes_back_at_once_when_the_browser_comes_online(page: Page, s
 
 
 def test_a_server_without_prices_yet_is_waited_for(page: Page, server: PriceServer) -> None:
+    page.expect(NOT_READY)
     server.report_failure("no answer from CoinAPI: no connection within 3 s")
     page.visit(server.port, "Waiting for the first prices")
     assert page.part("price") == ["–"] * 10
@@ -287,6 +306,7 @@ def test_a_server_without_prices_yet_is_waited_for(page: Page, server: PriceServ
 
 
 def test_a_server_that_starts_with_a_past_shows_its_last_prices_greyed(page: Page, start_server: StartServer) -> None:
+    page.expect(NOT_READY)
     clock = Clock(-HOUR)
     server = start_server(**clock.options())
     record(server, 2 * HOUR, 300)
@@ -302,6 +322,7 @@ def test_a_server_that_starts_with_a_past_shows_its_last_prices_greyed(page: Pag
 
 
 def test_prices_that_were_old_on_arrival_do_not_look_fresh(page: Page, start_server: StartServer) -> None:
+    page.expect(NOT_READY)
     clock = Clock(-7260)
     server = start_server(**clock.options())
     prices(server, 2.0)
@@ -316,6 +337,7 @@ def test_prices_that_were_old_on_arrival_do_not_look_fresh(page: Page, start_ser
 
 
 def test_while_prices_are_stale_change_and_chart_stand_still(page: Page, start_server: StartServer) -> None:
+    page.expect(NOT_READY)
     clock = Clock()
     server = start_server(**clock.options())
     record(server, HOUR, 10, lambda age: 1000.0 - age / 10)
@@ -338,6 +360,7 @@ def test_while_prices_are_stale_change_and_chart_stand_still(page: Page, start_s
 def test_coinapi_failing_turns_the_page_stale_until_it_answers_again(
     page: Page, start_server: StartServer, coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    page.expect(NOT_READY)
     monkeypatch.setattr(Status, "stale_floor", 3.0)
     server = start_server(interval=0.2)
     poller = Poller(CoinApi(KEY, url=coin_api.url), server, 0.2)
@@ -398,6 +421,7 @@ def test_a_hidden_page_stays_with_a_server_that_does_not_pause(page: Page, serve
 
 
 def test_a_restarted_server_leaves_the_page_the_points_that_it_has(page: Page, start_server: StartServer) -> None:
+    page.expect(*RESTART)
     server = start_server()
     record(server, 3000, 10)
     prices(server, 110.0)
@@ -418,6 +442,7 @@ def test_a_restarted_server_leaves_the_page_the_points_that_it_has(page: Page, s
 
 
 def test_a_price_that_a_restarted_server_does_not_know_says_since_when(page: Page, start_server: StartServer) -> None:
+    page.expect(*RESTART)
     server = start_server()
     record(server, HOUR // 2, 300)
     prices(server, 2.0)
@@ -432,6 +457,7 @@ def test_a_price_that_a_restarted_server_does_not_know_says_since_when(page: Pag
 
 
 def test_a_server_restarted_with_other_assets_gets_other_rows(page: Page, start_server: StartServer) -> None:
+    page.expect(*RESTART)
     first = start_server()
     record(first, HOUR // 2, 300)
     prices(first, 2.0)

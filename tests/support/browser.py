@@ -1,6 +1,7 @@
 """Headless Chromium on the page, driven by Selenium: the fixtures and the eyes of the test_dashboard files."""
 
 import json
+import re
 import shutil
 import socket
 import socketserver
@@ -33,6 +34,12 @@ CLOCKS = """{
     Object.defineProperty(document, 'hidden', {get: () => clock.hidden});
 }"""
 StartServer = Callable[..., PriceServer]
+# What Chromium's console says, for Page.expect.
+NOT_READY = r"/healthz - Failed to load resource: .* status of 503"  # no prices yet, or stale ones
+NO_SOCKET = r"WebSocket connection to 'ws://.*' failed|WebSocket is closed before"
+NO_STREAM = r"/stream\S* - Failed to load resource: .* status of 50[23]"
+NO_SERVER = r"Failed to load resource: net::ERR_(CONNECTION_|EMPTY_RESPONSE|INCOMPLETE_CHUNKED_ENCODING)"
+RESTART = (NO_SERVER, NO_SOCKET, NOT_READY)
 
 
 class Page:
@@ -42,14 +49,14 @@ class Page:
         self.browser = browser
         self.run = browser.execute_script
         self.port = 0
-        self.lines_break = False  # in this test, so the console may speak of them
+        self.expected: list[str] = []  # what the console may say in this test
 
     def visit(self, port: int, state: str = "Live", query: str = "") -> None:
         self.port = port
         self.browser.get(f"http://127.0.0.1:{port}/{query}")
         self.wait_for_state(state)
 
-    def wait_for_state(self, state: str, seconds: float = 40.0) -> None:
+    def wait_for_state(self, state: str, seconds: float = 30.0) -> None:
         wait_for(lambda: self.text("#state") == state, seconds, f"{state!r} on the page")
 
     def wait_for_charts(self) -> None:
@@ -117,8 +124,11 @@ class Page:
     def leave(self) -> None:
         errors = self.errors()
         self.browser.get("about:blank")
-        broken = ("WebSocket connection to", "Failed to load resource") if self.lines_break else ()
-        assert [error for error in errors if not any(text in error for text in broken)] == []
+        assert [error for error in errors if not any(re.search(each, error) for each in self.expected)] == []
+
+    def expect(self, *patterns: str) -> None:
+        """In the console, as often as they come: how often depends on the time that a test takes."""
+        self.expected += patterns
 
 
 class Line(socketserver.ThreadingTCPServer):

@@ -44,6 +44,7 @@ class Selenium:
             self.driver.set_window_size(width, height)
             bars = height - self.execute_script("return innerHeight")
             self.driver.set_window_size(width, height + bars)
+        wait_for(lambda: self.execute_script("return [innerWidth, innerHeight]") == [width, height])
 
     def press(self, *keys: str) -> None:
         ActionChains(self.driver, 0).send_keys(*keys).perform()
@@ -69,7 +70,9 @@ class View:
         wait_for(lambda: self.texts("#state") == [state], seconds, f"{state!r} in {self.name}")
 
     def wait_for_charts(self) -> None:
-        script = "return [...document.querySelectorAll('[data-part=line]')].every((line) => line.getAttribute('d'))"
+        """As high as they will be."""
+        script = """return document.documentElement.style.getPropertyValue('--chart')
+            && [...document.querySelectorAll('[data-part=line]')].every((line) => line.getAttribute('d'))"""
         wait_for(lambda: self.run(script), what="a line in each chart")
 
     def texts(self, selector: str) -> list[str]:

@@ -1,15 +1,34 @@
-// What the page asks of the server: one connection to the feed, or one request.
+// The server as the page sees it: its clock, a question, one way to its prices.
 
-const MAX_BACKOFF = 10;  // seconds between two attempts to connect
+export const ASLEEP = 5;  // seconds that the clocks run apart in sleep
+const LONGEST_TURN = 90;  // seconds: a hidden page has its turn once a minute
+const MAX_BACKOFF = 10;  // seconds
 
-// Seconds until the next attempt. Jitter: otherwise every page of a server that was restarted would return in one moment.
+// now() is the server's time, whatever the visitor's clock says; steady() may stand still in sleep. Both in seconds.
+const wall = () => Date.now() / 1000;
+export const steady = () => performance.now() / 1000;
+export const now = () => wall() + skew;
+
+let skew = 0, last = { wall: wall(), steady: steady() };
+
+export function followServer(time, at) {
+  skew = time - at;
+}
+
+export function hasSlept() {
+  const passed = { wall: wall() - last.wall, steady: steady() - last.steady };
+  last = { wall: wall(), steady: steady() };
+  return Math.abs(passed.wall - passed.steady) > ASLEEP || passed.steady > LONGEST_TURN;
+}
+
+// Jitter: otherwise all pages would return to a restarted server in one moment.
 export const backoff = (failures, random = Math.random()) => (
   Math.min(2 ** failures / 4, MAX_BACKOFF) * (0.5 + random / 2));
 
-// Beside the page, wherever a proxy put it: another host, a path before it, TLS.
+// Beside the page, wherever a proxy put it.
 export const socketAddress = (base) => new URL('ws', base).href.replace(/^http/, 'ws');
 
-// The answer as JSON, whatever its status: /healthz says 503 while prices are stale. Null when there is none in time.
+// As JSON, whatever the status; null when there is none in time.
 export async function ask(path, seconds, controller = new AbortController()) {
   const timer = setTimeout(() => controller.abort(), seconds * 1000);
   try {
@@ -21,7 +40,6 @@ export async function ask(path, seconds, controller = new AbortController()) {
   }
 }
 
-// One connection to the feed, by WebSocket or /stream. Each of `on` is called until close().
 export function openLine(kind, query, on) {
   const isSocket = kind === 'socket';
   const source = isSocket ? new WebSocket(socketAddress(document.baseURI) + query) : new EventSource(`stream${query}`);
