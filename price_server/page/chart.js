@@ -83,7 +83,9 @@ function setScale(row, { start, end }) {
   Object.assign(row, { start, end, low, high, top, height, base: points.length > 1 ? points[0] : null });
 }
 
-function drawChart(row, { start, gap, late, isAlone }) {
+function drawChart(row, scale) {
+  setScale(row, scale);  // again: points may have come since the first slice
+  const { start, gap, late, isAlone } = scale;
   const { points, parts } = row, ground = points.length && yOf(row, points[0][1]);
   let line = '', area = '', before = -Infinity;
   row.isDrawn = points.length > 0;
