@@ -194,10 +194,10 @@ class Hub:
 
     def _admit(self, connection: Connection, new_client: NewClient) -> None:
         feed = self._prices.feeds[new_client.format]
-        if self.deny_close:
+        if close := self.deny_close:  # read once, because another thread may set it
             self._status.refused["denied"] += 1
             connection.feed = feed  # makes it linger for the rest of CLOSE_TIMEOUT, as after a close
-            self._finish(connection, [new_client.head, feed.format.encode_close(*self.deny_close)], CLOSE_TIMEOUT)
+            self._finish(connection, [new_client.head, feed.format.encode_close(*close)], CLOSE_TIMEOUT)
             return
         # First, because a peer that is gone already must not become a client.
         sent = self._transport.send(connection, new_client.head + feed.snapshot(new_client.assets))
