@@ -141,23 +141,12 @@ class Connection:
 
     # What the peer gets
 
-    def become_client(self, feed: Feed, assets: tuple[str, ...]) -> None:
-        """Its request was accepted; `start_feed` says what it has been sent."""
+    def become_client(self, feed: Feed, assets: tuple[str, ...], head: bytes) -> None:
+        """Its request was accepted: have the response's head sent, then the last known price of each asset."""
         self._change_state(State.CLIENT)
         self.feed, self.assets, self._deadline = feed, assets, 0.0
-
-    def start_feed(self, head: bytes, known: tuple[str, ...], sent: int, now: float) -> int:
-        """The socket took `sent` bytes of the response's head and the messages of `known`; keep the rest.
-
-        Returns how many messages were sent, at least in part.
-        """
-        if sent >= len(head):
-            return self.publish(known, sent - len(head), now)
-        outbox = self._open_outbox()
-        outbox.enqueue(head, already_sent=sent)
-        outbox.mark_stale(known)
-        self._update_deadline(now)
-        return 0
+        self.enqueue(head)
+        self._mark_stale(assets)
 
     def publish(self, assets: tuple[str, ...], sent: int, now: float) -> int:
         """The socket took `sent` bytes of the new messages of `assets`; keep the rest.
@@ -180,9 +169,13 @@ class Connection:
             return
         new = set(assets).difference(self.assets)
         self.assets = assets
-        outbox = self._open_outbox()
-        outbox.keep_only(assets)
-        outbox.mark_stale(asset for asset in assets if asset in new and self.feed and asset in self.feed.messages)
+        self._open_outbox().keep_only(assets)
+        self._mark_stale(asset for asset in assets if asset in new)
+
+    def _mark_stale(self, assets: Iterable[str]) -> None:
+        """Have the current price of each of these sent, as far as it is known."""
+        known = self.feed.messages if self.feed else ()
+        self._open_outbox().mark_stale(asset for asset in assets if asset in known)
 
     def enqueue(self, piece: bytes) -> None:
         """Have these bytes sent as they are: whole messages in the client's format."""

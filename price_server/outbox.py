@@ -7,7 +7,6 @@ that was behind for three polls gets the last one.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 
 SEND_SIZE = 32 << 10  # bytes to which small pieces are joined for one send, about what a send buffer takes
 STALE_AT_ONCE = 256  # assets whose messages are joined for one send
@@ -85,38 +84,33 @@ class Outbox:
 
     def data_to_send(self, messages: Mapping[str, bytes]) -> bytes | memoryview:
         """The bytes for the next send; b"" when nothing is pending."""
-        if not self.pieces:
-            return b"".join([messages[asset] for asset in self.stale_assets[:STALE_AT_ONCE]])
-        first: bytes | memoryview = self.pieces[0]
-        if self._sent_of_first:
-            first = memoryview(first)[self._sent_of_first :]
-        if len(first) >= SEND_SIZE:
-            return first  # a large piece is not copied
         while self.size - self._sent_of_first < SEND_SIZE and self._take_upcoming():
             pass
-        parts, size = [first], len(first)
-        for piece in islice(self.pieces, 1, None):
-            size += len(piece)
-            if size > SEND_SIZE:
-                break
-            parts.append(piece)
-        return b"".join(parts) if len(parts) > 1 else first
+        parts: list[bytes | memoryview] = []
+        room = SEND_SIZE
+        for piece in self.pieces:
+            part = piece if parts else memoryview(piece)[self._sent_of_first :]
+            room -= len(part)
+            if room < 0:
+                return b"".join(parts) if parts else part  # a large piece is not copied
+            parts.append(part)
+        parts += [messages[asset] for asset in self.stale_assets[:STALE_AT_ONCE]]
+        return b"".join(parts)
 
     def advance(self, sent: int, messages: Mapping[str, bytes]) -> int:
         """The socket took the first `sent` bytes of `data_to_send`. Returns how many stale messages are begun."""
-        if not self.pieces:
-            later = self.stale_assets[STALE_AT_ONCE:]
-            begun = self.split_unsent(self.stale_assets[:STALE_AT_ONCE], sent, messages)
-            self.stale_assets += later
-            return begun
         self._sent_of_first += sent
         while self.pieces and self._sent_of_first >= len(self.pieces[0]):
             piece = self.pieces.popleft()
             self._sent_of_first -= len(piece)
             self.size -= len(piece)
-            if not self.pieces:
-                self._take_upcoming()
-        return 0
+        if self.pieces or self._take_upcoming():
+            return 0
+        sent, self._sent_of_first = self._sent_of_first, 0
+        later = self.stale_assets[STALE_AT_ONCE:]
+        begun = self.split_unsent(self.stale_assets[:STALE_AT_ONCE], sent, messages)
+        self.stale_assets += later
+        return begun
 
     def take_uncounted(self) -> int:
         """Bytes that came to be held since this was last asked, or more."""

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 from .formats import FORMATS, Format
 
 T = TypeVar("T")
-MAX_SNAPSHOTS = 100  # sets of assets for which a snapshot is kept joined: there are 2^n sets
 
 
 class Update(Protocol):
@@ -72,21 +71,6 @@ class Feed:
     def __init__(self, output_format: Format):
         self.format = output_format
         self.messages: dict[str, bytes] = {}  # by asset, in the order tracked
-        self._snapshots: dict[tuple[str, ...], bytes] = {}
-
-    def update(self, messages: dict[str, bytes]) -> None:
-        self.messages = messages
-        self._snapshots = {}
-
-    def snapshot(self, assets: tuple[str, ...]) -> bytes:
-        """The messages of all prices known so far, for a client that follows `assets`."""
-        snapshot = self._snapshots.get(assets)
-        if snapshot is None:
-            snapshot = b"".join([self.messages[asset] for asset in assets if asset in self.messages])
-            if len(self._snapshots) >= MAX_SNAPSHOTS:
-                self._snapshots.clear()
-            self._snapshots[assets] = snapshot
-        return snapshot
 
 
 class Prices:
@@ -105,7 +89,7 @@ class Prices:
         self.texts = self._in_order(self.texts | texts)
         for feed in self.feeds.values():
             messages = {asset: feed.format.encode_price(text) for asset, text in texts.items()}
-            feed.update(self._in_order(feed.messages | messages))
+            feed.messages = self._in_order(feed.messages | messages)
 
     def _in_order(self, by_asset: dict[str, T]) -> dict[str, T]:
         return {asset: by_asset[asset] for asset in self.assets if asset in by_asset}

@@ -24,7 +24,7 @@ def frame(opcode: int, payload: bytes = b"", fin: bool = True) -> bytes:
 
 def make_feed(messages: dict[str, bytes] = OLD, two_way: bool = True) -> Feed:
     feed = Feed(WebSocketFormat() if two_way else EventStreamFormat())
-    feed.update(messages)
+    feed.messages = messages
     return feed
 
 
@@ -32,8 +32,8 @@ def make_client(feed: Feed | None = None, assets: tuple[str, ...] = ALL) -> Conn
     """A client that has taken the response and the snapshot."""
     connection = Connection(now=0)
     assert list(connection.receive_data(HEAD, 0)) == [Request(HEAD)]
-    connection.become_client(feed or make_feed(), assets)
-    connection.start_feed(b"101", assets, 3 + sum(len(OLD[asset]) for asset in assets), 0)
+    connection.become_client(feed or make_feed(), assets, b"101")
+    take(connection)
     return connection
 
 
@@ -69,7 +69,7 @@ def in_state(state: State) -> Connection:
 
 
 STEPS: dict[str, Callable[[Connection], object]] = {
-    "become_client": lambda connection: connection.become_client(make_feed(), ALL),
+    "become_client": lambda connection: connection.become_client(make_feed(), ALL, b"101"),
     "finish_with": lambda connection: connection.finish_with([b"last"], 30),
     "advance": lambda connection: take(connection),
     "end": lambda connection: connection.end(),
@@ -161,15 +161,14 @@ def test_frames_in_the_segment_of_the_request_are_read() -> None:
     for event in connection.receive_data(HEAD + frame(TEXT, b"one") + frame(PING) + frame(BINARY, b"two")[:4], 0):
         events.append(event)
         if isinstance(event, Request):
-            connection.become_client(make_feed(), ALL)
-            connection.start_feed(b"101", ALL, 3, 0)
+            connection.become_client(make_feed(), ALL, b"101")
     assert events == [Request(HEAD), Message("one")]
-    assert take(connection) == b"\x8a\x00[btc1][eth--1][x1]"
+    assert take(connection) == b"101\x8a\x00[btc1][eth--1][x1]"
     assert send(connection, frame(BINARY, b"two")[4:]) == [b"two"]
 
 
 def test_an_answered_visitor_and_an_event_stream_are_not_listened_to() -> None:
-    for step in (STEPS["finish_with"], lambda connection: connection.become_client(make_feed(two_way=False), ALL)):
+    for step in (STEPS["finish_with"], lambda connection: connection.become_client(make_feed(two_way=False), ALL, b"")):
         connection = Connection(now=0)
         for event in connection.receive_data(HEAD + frame(TEXT, b"one"), 0):
             assert event == Request(HEAD)
@@ -252,9 +251,8 @@ def talk(parts: Iterable[bytes]) -> tuple[object, ...]:
         for event in connection.receive_data(part, 0):
             events.append(event)
             if isinstance(event, Request):
-                connection.become_client(make_feed(), ALL)
-                out += b"101[btc1][eth--1][x1]"
-                connection.start_feed(b"101", ALL, 21, 0)
+                connection.become_client(make_feed(), ALL, b"101")
+                out += take(connection)
         out += take(connection)
     return events, out, connection.state, connection.unfinished_bytes(), connection.find_overdue(30.1)
 
@@ -277,11 +275,11 @@ def test_whole_messages_go_out_and_current_prices_last_whatever_the_socket_takes
     """Of the response's head and the snapshot it takes `sent` bytes, then a poll comes."""
     feed = make_feed()
     client = Connection(now=0)
-    client.become_client(feed, ALL)
-    stream, poll = b"101[btc1][eth--1][x1]", b"[btc2][eth--2][x2]"
-    out = stream[:sent]
-    begun = client.start_feed(b"101", ALL, sent, 0)
-    feed.update(NEW)
+    client.become_client(feed, ALL, b"101")
+    poll = b"[btc2][eth--2][x2]"
+    out = bytes(client.data_to_send()[:sent])
+    begun = client.advance(len(out), 0)
+    feed.messages = NEW
     if client.outbox:
         begun += client.publish(ALL, 0, 0)
     else:
@@ -315,7 +313,7 @@ def test_a_client_that_is_behind_goes_on_where_it_stopped(sent: int, begun: int,
     client = make_client(feed)
     assert client.publish(ALL, sent, 0) == begun
     if sent < 18:
-        feed.update(NEW)
+        feed.messages = NEW
         for _ in range(3):  # polls
             assert client.publish(ALL, 0, 0) == 0
     assert take(client) == rest
@@ -375,9 +373,9 @@ def test_a_client_may_be_behind_for_30_seconds_until_it_has_caught_up() -> None:
 
 def test_a_client_is_behind_from_its_start_when_it_does_not_take_the_head() -> None:
     client = Connection(now=0)
-    client.become_client(make_feed(), ALL)
+    client.become_client(make_feed(), ALL, b"101")
     assert client.find_overdue(1e9) == ""
-    assert client.start_feed(b"101", ALL, 2, 100) == 0
+    assert client.advance(2, 100) == 0
     assert (client.find_overdue(130.0), client.find_overdue(130.1)) == ("", "behind")
     assert take(client) == b"1[btc1][eth--1][x1]"
 

@@ -38,8 +38,8 @@ def test_pieces_go_out_as_they_are_and_before_prices() -> None:
     outbox.enqueue(b"")
     outbox.enqueue(b"three")
     assert list(outbox.pieces) == [b"one", b"three"]
-    assert outbox.data_to_send(OLD) == b"onethree"
-    for sent, rest in ((4, b"hree"), (3, b"e")):
+    assert outbox.data_to_send(OLD) == b"onethreeeth--1,"
+    for sent, rest in ((4, b"hreeeth--1,"), (3, b"eeth--1,")):
         assert outbox.advance(sent, OLD) == 0
         assert outbox.data_to_send(OLD) == rest
     assert outbox.advance(1, OLD) == 0
@@ -117,16 +117,15 @@ def test_small_pieces_are_joined_for_one_send_up_to_32_kib() -> None:
     assert outbox.data_to_send({}) == b"x"
 
 
-@pytest.mark.parametrize("size", [32_768, 1_000_000])
-def test_a_large_piece_is_not_copied(size: int) -> None:
-    outbox, piece = Outbox(), b"x" * size
+def test_a_large_piece_is_not_copied() -> None:
+    outbox, piece = Outbox(), b"x" * 32_769
     outbox.enqueue(piece)
     outbox.enqueue(b"y")
-    assert outbox.data_to_send({}) is piece
-    outbox.advance(1, {})
-    rest = outbox.data_to_send({})
-    assert bytes(rest) == (b"x" * 32_767 + b"y" if size == 32_768 else b"x" * 999_999)
-    assert isinstance(rest, memoryview) == (size > 32_768)
+    data = outbox.data_to_send({})
+    assert isinstance(data, memoryview)
+    assert data.obj is piece
+    outbox.advance(2, {})
+    assert outbox.data_to_send({}) == b"x" * 32_767 + b"y"
 
 
 def test_256_prices_are_joined_for_one_send() -> None:
@@ -137,7 +136,7 @@ def test_256_prices_are_joined_for_one_send() -> None:
     first = bytes(outbox.data_to_send(messages))
     assert (first[:6], first[-5:], first.count(b",")) == (b"A0,A1,", b"A255,", 256)
     assert outbox.advance(4, messages) == 2
-    assert outbox.data_to_send(messages) == b"1,"
+    assert bytes(outbox.data_to_send(messages)).startswith(b"1,A2,")
     outbox.advance(2, messages)
     assert bytes(outbox.data_to_send(messages)).endswith(b"A256,A257,")
     assert drain(outbox, messages) == b"".join(messages.values())[6:]

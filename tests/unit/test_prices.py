@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from price_server.formats import EventStreamFormat
-from price_server.prices import Feed, Prices, split_sound
+from price_server.prices import Prices, split_sound
 
 TIME = "2026-11-22T07:44:05.1234567Z"
 
@@ -101,10 +100,7 @@ def make_prices(*updates: Price) -> Prices:
 def test_there_are_no_prices_before_the_first_poll() -> None:
     prices = Prices(["BTC", "ETH"])
     assert (prices.assets, prices.latest, prices.texts) == (("BTC", "ETH"), {}, {})
-    assert [(name, feed.messages, feed.snapshot(("BTC",))) for name, feed in prices.feeds.items()] == [
-        ("websocket", {}, b""),
-        ("event_stream", {}, b""),
-    ]
+    assert {name: feed.messages for name, feed in prices.feeds.items()} == {"websocket": {}, "event_stream": {}}
 
 
 def test_prices_are_in_the_order_tracked_and_stay_until_a_new_one_comes() -> None:
@@ -120,27 +116,6 @@ def test_prices_are_in_the_order_tracked_and_stay_until_a_new_one_comes() -> Non
     assert list(prices.feeds["event_stream"].messages.values()) == [
         *(b'data: ["BTC",1]\n\n', b'data: ["ETH",2]\n\n', b'data: ["XRP",4]\n\n')
     ]
-
-
-def test_a_snapshot_has_the_prices_known_so_far_and_is_never_old() -> None:
-    prices = make_prices(Price("XRP", 3), Price("BTC", 1))
-    feed = prices.feeds["event_stream"]
-    assert feed.snapshot(("BTC", "ETH", "XRP")) == b'data: ["BTC",1]\n\ndata: ["XRP",3]\n\n'
-    assert feed.snapshot(("ETH",)) == feed.snapshot(()) == b""
-    prices.remember({"ETH": Price("ETH", 2)})
-    assert feed.snapshot(("ETH", "XRP")) == b'data: ["ETH",2]\n\ndata: ["XRP",3]\n\n'
-    assert feed.snapshot(("ETH",)) == b'data: ["ETH",2]\n\n'
-
-
-def test_snapshots_of_100_sets_of_assets_are_kept() -> None:
-    feed = Feed(EventStreamFormat())
-    feed.update({f"A{number}": b"x" for number in range(200)})
-    first = feed.snapshot(("A0", "A1"))
-    for number in range(99):
-        feed.snapshot((f"A{number}", "A199"))
-    assert feed.snapshot(("A0", "A1")) is first
-    feed.snapshot(("A2", "A3"))
-    assert feed.snapshot(("A0", "A1")) is not first
 
 
 def test_assets_are_chosen_in_any_case_and_in_the_order_tracked() -> None:
