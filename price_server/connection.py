@@ -102,12 +102,14 @@ class Connection:
 
     def _read_request(self, data: bytes) -> tuple[bytes | None, bytes] | None:
         """Add to the request. Its head (None when over the limit) and what follows it; None while it has no end."""
-        request = self._inbox = self._inbox or bytearray()
-        request += data
+        if self._inbox:
+            self._inbox += data
+        request = self._inbox or bytearray(data)
         end = find_end(request, self._searched)
         self._searched = len(request)
         is_too_large = (end if end >= 0 else len(request)) > MAX_REQUEST
         if end < 0 and not is_too_large:
+            self._inbox = request
             return None
         self._inbox = None
         return (None, b"") if is_too_large else (bytes(request[:end]), bytes(request[end:]))
@@ -145,7 +147,7 @@ class Connection:
         """Its request was accepted: have the response's head sent, then the last known price of each asset."""
         self._change_state(State.CLIENT)
         self.feed, self.assets, self._deadline = feed, assets, 0.0
-        self.enqueue(head)
+        self._open_outbox().enqueue(head)
         self._mark_stale(assets)
 
     def publish(self, assets: tuple[str, ...], sent: int, now: float) -> int:
@@ -170,12 +172,12 @@ class Connection:
         new = set(assets).difference(self.assets)
         self.assets = assets
         self._open_outbox().keep_only(assets)
-        self._mark_stale(asset for asset in assets if asset in new)
+        self._mark_stale([asset for asset in assets if asset in new])
 
     def _mark_stale(self, assets: Iterable[str]) -> None:
         """Have the current price of each of these sent, as far as it is known."""
-        known = self.feed.messages if self.feed else ()
-        self._open_outbox().mark_stale(asset for asset in assets if asset in known)
+        known = self.feed.messages if self.feed else {}
+        self._open_outbox().mark_stale([asset for asset in assets if asset in known])
 
     def enqueue(self, piece: bytes) -> None:
         """Have these bytes sent as they are: whole messages in the client's format."""

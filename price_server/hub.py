@@ -207,7 +207,10 @@ class Hub:
         self.clients[connection] = client
         self._status.clients[feed.format.name] += 1
         self._status.clients_accepted += 1
-        logger.debug("client %s came, clients connected: %d", _address_of(connection, new_client), len(self.clients))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "client %s came, clients connected: %d", _address_of(connection, new_client), len(self.clients)
+            )
         self._call_back("new_client", client)
 
     def follow(self, connection: Connection, assets: tuple[str, ...]) -> None:

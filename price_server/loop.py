@@ -68,7 +68,7 @@ class Loop:
         self.started, self.ended = threading.Event(), threading.Event()
         self._thread_id = threading.get_ident()
         self._once = threading.Lock()  # whoever gets it runs the loop, or ends one that never ran
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
         self._timer_numbers = count()
         self._stop_requested = False
@@ -93,7 +93,8 @@ class Loop:
         """
         if self.state is not State.RUNNING or self.in_loop_thread():
             return function()
-        future = self._queue(function)
+        future: Future[Any] = Future()
+        self._queue(lambda: _complete(future, function))
         try:
             return future.result(CALL_TIMEOUT)
         except TimeoutError:
@@ -139,13 +140,12 @@ class Loop:
             self._batches.popleft()
         return self._batches[0][1] if self._batches else 0.0
 
-    def _queue(self, function: Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-        self._calls.append((function, future))
-        self._wake()
+    def _queue(self, function: Callable[[], None]) -> None:
+        self._calls.append(function)
+        if not self.in_loop_thread():
+            self._wake()
         if self.state is State.ENDED:
             self._release_calls()  # the loop ended meanwhile, and may have missed this call
-        return future
 
     def _wake(self) -> None:
         try:
@@ -203,7 +203,7 @@ class Loop:
         """The one place where functions of other threads and timers run; those that they add wait for the next time."""
         for _ in range(len(self._calls)):
             self._begin_requested_stop(handler)
-            _run_call(*self._calls.popleft())
+            self._calls.popleft()()
             self._note_batch()
         self._begin_requested_stop(handler)
         now = self.clock()
@@ -245,7 +245,7 @@ class Loop:
         """Run the calls left at the end, because their callers wait. Two threads may do this at once."""
         try:
             while True:
-                _run_call(*self._calls.popleft())
+                self._calls.popleft()()
         except IndexError:
             pass
 
@@ -264,7 +264,8 @@ class RateLimitedLog:
         self._last[kind] = now
 
 
-def _run_call(function: Callable[[], Any], future: "Future[Any]") -> None:
+def _complete(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    """Run a function for a caller that waits, unless that gave up."""
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(function())

@@ -57,7 +57,7 @@ class Outbox:
     def mark_stale(self, assets: Iterable[str]) -> None:
         """Have the current price of these assets sent after those that wait already: each asset gets its turn."""
         waiting = set(self.stale_assets)  # a set, because 400 assets would take a millisecond for each slow client
-        self.stale_assets += tuple(asset for asset in assets if asset not in waiting)
+        self.stale_assets += tuple([asset for asset in assets if asset not in waiting] if waiting else assets)
 
     def keep_only(self, assets: Iterable[str]) -> None:
         """Remove the stale assets that are not among these."""
@@ -104,7 +104,7 @@ class Outbox:
             piece = self.pieces.popleft()
             self._sent_of_first -= len(piece)
             self.size -= len(piece)
-        if self.pieces or self._take_upcoming():
+        if self.pieces or self._take_upcoming() or not self.stale_assets:
             return 0
         sent, self._sent_of_first = self._sent_of_first, 0
         later = self.stale_assets[STALE_AT_ONCE:]

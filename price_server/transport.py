@@ -157,12 +157,12 @@ class Transport:
         After the last bytes this side is shut down. Raises OSError when the connection is broken.
         """
         begun, before, room = 0, connection.state, SEND_TURN
-        while room > 0:
+        while True:
             data = connection.data_to_send()
             sent = self.send(connection, data) if data else 0
             room -= sent
             begun += connection.advance(sent, self._loop.clock())
-            if not data or sent < len(data):
+            if not connection.outbox or sent < len(data) or room <= 0:
                 break
         if before is State.CLOSING and connection.state is State.LINGERING:
             connection.socket.shutdown(socket.SHUT_WR)

@@ -6,7 +6,6 @@ import selectors
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -137,13 +136,12 @@ def test_a_call_that_has_begun_is_waited_for(server: PriceServer, monkeypatch: p
 
 
 def test_a_call_made_in_the_very_moment_of_the_end_is_lost_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    class LateFuture(Future[Any]):
-        def __init__(self) -> None:
-            super().__init__()
-            loop.state = State.ENDED  # it has released the functions that waited
+    def in_loop_thread() -> bool:
+        loop.state = State.ENDED  # it has released the functions that waited
+        return False
 
     loop, ran = Loop(), list[str]()
-    monkeypatch.setattr("price_server.loop.Future", LateFuture)
+    monkeypatch.setattr(loop, "in_loop_thread", in_loop_thread)
     for call_it in (loop.call, loop.call_soon):
         loop.state = State.RUNNING
         in_thread(lambda: call_it(lambda: ran.append("ran"))).join(10)  # noqa: B023
