@@ -105,7 +105,6 @@ class Poller:
         self._failures = 0  # in a row
         self._failing_since = 0.0
         self._logged_kind = ""  # the kind of failure last logged
-        self._missing: set[str] = set()  # assets that the source left out, named in the log
 
     def run(self) -> None:
         due = self.clock()
@@ -136,8 +135,7 @@ class Poller:
         self._polls += 1
         started = self.clock()
         try:
-            updates = list(self.source.fetch_prices(self.server.assets))
-            sent = self.server.publish(updates)
+            sent = self.server.publish(self.source.fetch_prices(self.server.assets), expect_all=True)
             if not sent:
                 raise CoinApiError("no sound price for any asset", cause="bad_answer")
         except BaseException as error:  # your own source may raise anything, even SystemExit
@@ -151,7 +149,6 @@ class Poller:
             outage = self.clock() - self._failing_since
             logger.log(system.NOTICE, "prices again after %.0f s, failed polls: %d", outage, self._failures)
             self._failures, self._logged_kind = 0, ""
-        self._note_missing(updates, sent)
         return None
 
     def _fail(self, error: BaseException, started: float) -> float:
@@ -181,16 +178,6 @@ class Poller:
             return took + max(min(self.interval, MAX_BACKOFF), min(error.retry_after, MAX_RETRY_AFTER))
         delay = min(self.interval * 2 ** min(self._failures - 1, 20), MAX_BACKOFF)
         return delay * random.uniform(0.9, min(1.1, MAX_BACKOFF / delay))
-
-    def _note_missing(self, updates: Sequence[Update], sent: Sequence[str]) -> None:
-        """Name the assets that the source left out, once; publish names those with a price that is not sound."""
-        given = {str(getattr(update, "asset_id", "")) for update in updates}
-        missing = [asset_id for asset_id in self.server.assets if asset_id not in given]
-        if new := [asset_id for asset_id in missing if asset_id not in self._missing]:
-            logger.warning("no sound price for %s in the answer: clients keep the last one", ", ".join(new))
-        if back := [asset_id for asset_id in sent if asset_id in self._missing]:
-            logger.log(system.NOTICE, "a sound price again for %s", ", ".join(back))
-        self._missing = self._missing.union(new).difference(back)
 
     def _next_fixed_time(self, due: float) -> float:
         """One interval after `due`, or more where that has passed: missed polls are not made up for."""
@@ -317,12 +304,11 @@ def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
     if sys.stdout is None:
         return _report(1, "cannot write the prices: stdout is closed")
     try:
-        sound, faults = split_sound(source.fetch_prices(assets), assets)
+        sound, faults = split_sound(source.fetch_prices(assets), assets, expect_all=True)
     except CoinApiError as error:
         return _report(2, f"{error}: check COIN_API_KEY") if error.key_refused else _report(1, one_line(error))
     except BaseException as error:
         return _report(1, one_line(f"unexpected {type(error).__name__}: {error}"))
-    faults = {asset_id: "not in the answer" for asset_id in assets if asset_id not in sound} | faults
     if faults:
         named = ", ".join(f"{asset_id}: {fault}" for asset_id, fault in faults.items())
         logger.log(logging.WARNING if sound else logging.ERROR, "no sound price for %s", named[:1000])

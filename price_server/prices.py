@@ -24,9 +24,14 @@ class Update(Protocol):
     def to_json(self) -> str: ...
 
 
-def split_sound(updates: Iterable[Update], assets: Iterable[str]) -> tuple[dict[str, Update], dict[str, str]]:
-    """The sound updates by asset id, and for each other asset id what is wrong with it, in a few words."""
-    assets = frozenset(assets)
+def split_sound(
+    updates: Iterable[Update], assets: Iterable[str], expect_all: bool = False
+) -> tuple[dict[str, Update], dict[str, str]]:
+    """The sound updates by asset id, and for each other asset id what is wrong with it, in a few words.
+
+    expect_all: an asset without an update has a fault too.
+    """
+    assets = dict.fromkeys(assets)
     sound: dict[str, Update] = {}
     faults: dict[str, str] = {}
     for update in updates:
@@ -38,6 +43,8 @@ def split_sound(updates: Iterable[Update], assets: Iterable[str]) -> tuple[dict[
             faults[_name(update)] = fault
         else:
             sound[update.asset_id] = update
+    if expect_all:
+        faults = dict.fromkeys(assets, "not in the answer") | faults
     return sound, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in sound}
 
 

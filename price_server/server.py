@@ -119,13 +119,14 @@ class PriceServer(WebsocketServer):
 
     # Prices
 
-    def publish(self, updates: Iterable[Update]) -> list[str]:
-        """Send a poll's prices to every client, and return when that is done; no client can block it. Any thread.
+    def publish(self, updates: Iterable[Update], expect_all: bool = False) -> list[str]:
+        """Send prices to every client, and return when that is done; no client can block it. Any thread.
 
-        Returns the assets that were sent. An update that is not sound (see prices.py) is dropped and named in the
-        log. Raises TimeoutError when a callback blocks the server thread.
+        Returns the assets that were sent. An update that is not sound (see prices.py) is dropped, and its asset named
+        in the log once, until it has a sound price again; with expect_all so is an asset without an update. Raises
+        TimeoutError when a callback blocks the server thread.
         """
-        sound, faults = split_sound(updates, self.assets)
+        sound, faults = split_sound(updates, self.assets, expect_all)
         sent: list[str] = self._loop.call(lambda: self._publish(sound, faults))
         return sent
 

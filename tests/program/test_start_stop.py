@@ -51,7 +51,7 @@ class FakePriceServer:
     def has_ended(self) -> bool:
         return self.is_over or time.monotonic() > self.deadline
 
-    def publish(self, updates: list[PriceUpdate]) -> list[str]:
+    def publish(self, updates: list[PriceUpdate], expect_all: bool) -> list[str]:
         self.is_over = True
         return [update.asset_id for update in updates]
 

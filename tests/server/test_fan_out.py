@@ -4,6 +4,7 @@ Where the bytes fall matters, the client's socket takes just so many (`narrow`).
 """
 
 import json
+import logging
 import math
 import random
 import threading
@@ -82,6 +83,22 @@ def test_what_is_not_sound_is_left_out_and_named_once_and_the_others_are_sent(
         "no sound price for XRP: price nan; clients keep the last one",
     ]
     assert sample(server, 'polls_total{result="success"}') == 3
+
+
+def test_an_asset_that_a_poll_leaves_out_is_named_once_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "price_server")
+    server = PriceServer(("BTC", "ETH"))
+    both, one, unsound = poll(1.0, "BTC", "ETH"), poll(1.0, "BTC"), poll(-1.0, "ETH")
+    for updates in (both, one, one, one + unsound, both, unsound):
+        server.publish(updates, expect_all=True)
+    server.publish(one)
+    server.server_close()
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "no sound price for ETH: not in the answer; clients keep the last one"),
+        ("NOTICE", "a sound price again for ETH"),
+        ("WARNING", "no sound price for BTC: not in the answer, ETH: price -1; clients keep the last one"),
+        ("NOTICE", "a sound price again for BTC"),
+    ]
 
 
 def test_a_client_that_comes_during_publishes_misses_nothing(server: PriceServer, updates: Updates) -> None:
