@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
+from .formats import FORMATS
 from .frames import MessageReader, Opcode, ProtocolError, encode_close, encode_frame, reply_to_close
 from .outbox import Outbox
 from .prices import Feed
@@ -26,6 +27,8 @@ DOWNLOAD_RATE = 8 << 10  # bytes for which there is one second more
 LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer hangs up
 CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it hangs up
 SHARED_SIZE = 4 << 10  # bytes; from this size on, a piece that several connections hold is counted once
+
+NO_FEED = Feed(FORMATS[0])  # of a connection that was never a client
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class Connection:
 
     def __init__(self, now: float):
         self.state = State.VISITOR
-        self.feed: Feed | None = None  # of a client: the prices in its format
+        self.feed = NO_FEED  # of a client: the prices in its format
         self.assets: tuple[str, ...] = ()  # what a client follows, in the order tracked
         self.unanswered = 0  # heartbeats since the last pong
         self.outbox: Outbox | None = None  # while something is pending
@@ -96,7 +99,7 @@ class Connection:
                 return
             head, data = parts
             yield Request(head)
-        if self.state is State.CLIENT and self.feed and self.feed.format.is_two_way and data:
+        if self.state is State.CLIENT and self.feed.format.is_two_way and data:
             yield from self._read_messages(data, now)
         # After the last bytes everything is discarded: closing the socket over it would destroy them.
 
@@ -155,7 +158,7 @@ class Connection:
 
         Returns how many messages were sent, at least in part: the rest of a partially sent one always follows.
         """
-        if self.state is not State.CLIENT or self.feed is None:
+        if self.state is not State.CLIENT:
             return 0
         if self.outbox:
             if len(self.outbox.stale_assets) < len(self.assets):
@@ -176,8 +179,7 @@ class Connection:
 
     def _mark_stale(self, assets: Iterable[str]) -> None:
         """Have the current price of each of these sent, as far as it is known."""
-        known = self.feed.messages if self.feed else {}
-        self._open_outbox().mark_stale([asset for asset in assets if asset in known])
+        self._open_outbox().mark_stale([asset for asset in assets if asset in self.feed.messages])
 
     def enqueue(self, piece: bytes) -> None:
         """Have these bytes sent as they are: whole messages in the client's format."""
@@ -194,11 +196,11 @@ class Connection:
 
     def data_to_send(self) -> bytes | memoryview:
         """What the socket should take now; b"" when nothing is pending."""
-        return self.outbox.data_to_send(self.feed.messages if self.feed else {}) if self.outbox else b""
+        return self.outbox.data_to_send(self.feed.messages) if self.outbox else b""
 
     def advance(self, sent: int, now: float) -> int:
         """The socket took the first `sent` bytes of `data_to_send`. Returns how many prices were begun."""
-        begun = self.outbox.advance(sent, self.feed.messages if self.feed else {}) if self.outbox else 0
+        begun = self.outbox.advance(sent, self.feed.messages) if self.outbox else 0
         self._update_deadline(now)
         return begun
 
@@ -219,7 +221,7 @@ class Connection:
         if not self.outbox:
             if self.state is State.CLOSING:
                 self._change_state(State.LINGERING)
-                if self.feed is None:  # a response; after a close frame the time runs on
+                if self.feed is NO_FEED:  # a response; after a close frame the time runs on
                     self._deadline = now + LINGER_TIMEOUT
             elif self.state is State.CLIENT and self._deadline:
                 self._deadline = 0.0
@@ -244,7 +246,7 @@ class Connection:
             return "unfinished" if 0 < self._message_deadline < now else ""
         if not 0 < self._deadline < now:
             return ""
-        size = self.outbox.enqueued if self.outbox and self.feed is None else 0
+        size = self.outbox.enqueued if self.outbox and self.feed is NO_FEED else 0
         return "no_close" if self._deadline + size / DOWNLOAD_RATE < now else ""
 
     def unfinished_bytes(self) -> int:

@@ -3,7 +3,6 @@
 A third format is a class here and a route in web.py. A format has no state: all clients of its kind share it.
 """
 
-from collections.abc import Iterable
 from typing import Protocol
 
 from .frames import Opcode, encode_close, encode_frame, encode_message
@@ -13,12 +12,13 @@ class Format(Protocol):
     name: str  # of its clients in /metrics
     heartbeat: bytes  # sent every 20 s, because proxies close a silent connection
     is_two_way: bool  # whether its clients send frames; one that is alive answers each heartbeat
+    carries_bytes: bool  # whether `encode_message` takes bytes too
 
     def encode_price(self, message: str) -> bytes:
         """One price, given as the JSON that clients get."""
 
     def encode_message(self, message: str | bytes) -> bytes:
-        """A message of user code. Raises ValueError for one that this format cannot carry."""
+        """A message of user code. Raises ValueError for bytes, unless `carries_bytes`."""
 
     def encode_close(self, status: int, reason: str | bytes) -> bytes:
         """The last bytes that a client gets. Raises ValueError for a reason that is too long."""
@@ -27,7 +27,7 @@ class Format(Protocol):
 class WebSocketFormat:
     name = "websocket"
     heartbeat = encode_frame(Opcode.PING, b"")
-    is_two_way = True
+    is_two_way = carries_bytes = True
 
     def encode_price(self, message: str) -> bytes:
         return encode_frame(Opcode.TEXT, message.encode())
@@ -44,7 +44,7 @@ class EventStreamFormat:
 
     name = "event_stream"
     heartbeat = b":\n"  # a comment line; without an empty line, or some libraries would see an event without data
-    is_two_way = False
+    is_two_way = carries_bytes = False
 
     def encode_price(self, message: str) -> bytes:
         return b"data: %b\n\n" % message.encode()
@@ -60,16 +60,3 @@ class EventStreamFormat:
 
 
 FORMATS: tuple[Format, ...] = (WebSocketFormat(), EventStreamFormat())
-
-
-def encode_for_each(formats: Iterable[Format], message: str | bytes) -> dict[str, bytes]:
-    """A message as each format writes it, by the format's name. Raises ValueError when none can carry it."""
-    encoded, refusal = {}, None
-    for each in formats:
-        try:
-            encoded[each.name] = each.encode_message(message)
-        except ValueError as error:
-            refusal = error
-    if not encoded and refusal:
-        raise refusal
-    return encoded

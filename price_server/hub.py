@@ -13,6 +13,7 @@ from typing import Any
 from .connection import (
     CLOSE_TIMEOUT,
     DOWNLOAD_TIMEOUT,
+    NO_FEED,
     Connection,
     Message,
     Request,
@@ -20,7 +21,7 @@ from .connection import (
     held_bytes,
     largest_holders,
 )
-from .formats import encode_for_each
+from .formats import FORMATS
 from .loop import Loop, RateLimitedLog
 from .prices import Feed, Prices
 from .status import Status
@@ -65,7 +66,7 @@ class Hub:
         self._loop, self._prices, self._status, self._site, self._log = loop, prices, status, site, log
         self._call_back, self._make_handler = call_back, make_handler
         self._on_housekeeping, self._on_end = on_housekeeping, on_end
-        self._transport = Transport(loop, self)
+        self._transport = Transport(loop, self, log)
         self.clients: dict[Connection, dict[str, Any]] = {}
         self._visitors: dict[Connection, None] = {}  # the oldest first
         self._finishing: dict[Connection, None] = {}  # the oldest first; never clients
@@ -99,10 +100,12 @@ class Hub:
     def after_events(self) -> None:
         self._transport.accept()
 
+    # The transport's events
+
     def connection_made(self, connection: Connection) -> None:
         others = self._visitors or self._finishing  # clients never take all the room
         if others and len(self._visitors) + len(self._finishing) + len(self.clients) >= self._room:
-            self._close(next(iter(others)))
+            self.close(next(iter(others)))
         self._visitors[connection] = None
 
     def data_received(self, connection: Connection, data: bytes) -> None:
@@ -113,37 +116,15 @@ class Hub:
             else:
                 self._respond(connection, event)
         if connection.outbox is not None:
-            self._flush(connection)
+            self.flush(connection)
 
-    def ready_to_send(self, connection: Connection) -> None:
-        self._flush(connection)
-
-    def eof_received(self, connection: Connection) -> None:
-        self._close(connection)
-
-    def accept_failed(self, reason: str) -> None:
-        self._log.warn("exhausted", f"cannot accept clients for now: {reason}")
-
-    def attempt(self, step: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
-        try:
-            step(connection, *arguments)
-        except Exception as error:
-            self._fail(connection, error)
-
-    def _fail(self, connection: Connection, error: Exception) -> None:
-        if isinstance(error, OSError):
-            logger.debug("connection lost: %s", error)
-            self._close(connection)
-        else:
-            self._log.warn("failed", f"a connection failed, and is closed: {error!r}", error)
-            self._drop(connection, "failed")
-
-    def _flush(self, connection: Connection) -> None:
+    def flush(self, connection: Connection) -> None:
+        """Send what is pending, as far as the socket takes it. Raises OSError when the connection is broken."""
         self._status.messages_sent += self._transport.flush(connection)
         if connection.outbox:
             self._count_added(connection.outbox.take_uncounted())
 
-    def _close(self, connection: Connection) -> None:
+    def close(self, connection: Connection) -> None:
         """Close a connection and forget it."""
         if connection.state is State.ENDED:
             return
@@ -152,18 +133,32 @@ class Hub:
         self._finishing.pop(connection, None)
         client = self.clients.pop(connection, None)
         if client is not None:
-            assert connection.feed is not None
             self._status.clients[connection.feed.format.name] -= 1
             # Later: a client may be dropped inside a fan-out.
             self._loop.call_soon(lambda: self._call_back("client_left", client))
             logger.debug("client left, clients connected: %d", len(self.clients))
+
+    def attempt(self, step: Callable[[Connection], None], connection: Connection) -> None:
+        """Run a step of one connection: an error in it ends this connection only."""
+        try:
+            step(connection)
+        except Exception as error:
+            self._fail(connection, error)
+
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        if isinstance(error, OSError):
+            logger.debug("connection lost: %s", error)
+            self.close(connection)
+        else:
+            self._log.warn("failed", f"a connection failed, and is closed: {error!r}", error)
+            self._drop(connection, "failed")
 
     def _drop(self, connection: Connection, reason: str) -> None:
         """Close a connection without a close frame; for a client the reason is counted."""
         if connection in self.clients:
             self._status.dropped[reason] += 1
             logger.debug("client dropped: %s", reason)
-        self._close(connection)
+        self.close(connection)
 
     # Requests and clients
 
@@ -201,7 +196,7 @@ class Hub:
             self._finishing[connection] = None
             connection.finish_with([feed.format.encode_close(*close)], self._loop.clock() + CLOSE_TIMEOUT)
             return
-        self._flush(connection)  # first, because a peer that is gone already must not become a client
+        self.flush(connection)  # first, because a peer that is gone already must not become a client
         self._last_id += 1
         client = {"id": self._last_id, "handler": self._make_handler(connection), "address": connection.address}
         self.clients[connection] = client
@@ -217,39 +212,35 @@ class Hub:
         """Set what a client follows, and send the current price of what is new to it."""
         if connection in self.clients and connection.state is State.CLIENT:
             connection.follow(assets)
-            self.attempt(self._flush, connection)
+            self.attempt(self.flush, connection)
 
     def send(self, connection: Connection, message: str | bytes) -> None:
         """Send a message of user code to a client, after what is pending. Raises ValueError as its format does."""
-        if connection.state is State.CLIENT and connection.feed is not None:
-            data = connection.feed.format.encode_message(message)
-            self._status.messages_sent += 1
-            self.attempt(self._send, connection, data)
-
-    def _send(self, connection: Connection, data: bytes) -> None:
-        connection.enqueue(data)
-        self._flush(connection)
-        if connection.outbox and connection.outbox.size > MAX_QUEUE:
-            self._drop(connection, "queue_full")
+        if connection.state is State.CLIENT:
+            self._send(connection, connection.feed.format.encode_message(message))
 
     def send_to_all(self, message: str | bytes) -> None:
-        """Send a message to every client whose format can carry it. Raises ValueError when there is no such format."""
-        encoded = encode_for_each((feed.format for feed in self._prices.feeds.values()), message)
+        """Send a message to every client whose format can carry it."""
+        able = [each for each in FORMATS if each.carries_bytes or isinstance(message, str)]
+        encoded = {each.name: each.encode_message(message) for each in able}
         for connection in list(self.clients):
-            if connection.state is State.CLIENT and connection.feed and connection.feed.format.name in encoded:
-                self._status.messages_sent += 1
-                self.attempt(self._send, connection, encoded[connection.feed.format.name])
+            if connection.state is State.CLIENT and connection.feed.format.name in encoded:
+                self._send(connection, encoded[connection.feed.format.name])
+
+    def _send(self, connection: Connection, data: bytes) -> None:
+        self._status.messages_sent += 1
+        connection.enqueue(data)
+        self.attempt(self.flush, connection)
+        if connection.outbox and connection.outbox.size > MAX_QUEUE:
+            self._drop(connection, "queue_full")
 
     def disconnect(self, connections: Iterable[Connection], status: int, reason: str | bytes) -> None:
         """Send these clients a close as the last bytes."""
         for connection in connections:
-            self.attempt(self._send_close, connection, status, reason)
-
-    def _send_close(self, connection: Connection, status: int, reason: str | bytes) -> None:
-        if connection.state is State.CLIENT and connection.feed:
-            last = connection.feed.format.encode_close(status, reason)
-            connection.finish_with([last], self._loop.clock() + CLOSE_TIMEOUT)
-            self._flush(connection)
+            if connection.state is State.CLIENT:
+                last = connection.feed.format.encode_close(status, reason)
+                connection.finish_with([last], self._loop.clock() + CLOSE_TIMEOUT)
+                self.attempt(self.flush, connection)
 
     def drop_all(self) -> None:
         for connection in list(self.clients):
@@ -260,12 +251,9 @@ class Hub:
     def fan_out(self, assets: Iterable[str]) -> None:
         """Send the current prices of these assets to every client that follows them, each with one send."""
         new = set(assets)
-        joined: dict[tuple[Feed | None, tuple[str, ...]], tuple[tuple[str, ...], bytes]] = {}
-        feed: Feed | None = None
-        followed: tuple[str, ...] | None = None
+        joined: dict[tuple[Feed, tuple[str, ...]], tuple[tuple[str, ...], bytes]] = {}
         due: tuple[str, ...] = ()
-        data, messages = b"", 0
-        client = State.CLIENT
+        feed, followed, data, messages = NO_FEED, due, b"", 0
         # One loop with its fast path inline: each operation costs 8,000 times.
         for connection in list(self.clients):
             if connection.assets is not followed or connection.feed is not feed:  # mostly as the one before
@@ -273,11 +261,12 @@ class Hub:
                 if (feed, followed) not in joined:
                     if len(joined) >= MAX_JOINED:
                         joined.clear()
-                    joined[feed, followed] = _join(connection, new)
+                    due = tuple([asset for asset in followed if asset in new])
+                    joined[feed, followed] = due, b"".join([feed.messages[asset] for asset in due])
                 due, data = joined[feed, followed]
             try:
                 sent = 0
-                if data and connection.outbox is None and connection.state is client:
+                if data and connection.outbox is None and connection.state is State.CLIENT:
                     try:
                         sent = connection.socket.send(data)
                     except BlockingIOError:
@@ -323,19 +312,16 @@ class Hub:
         """In slices, because 8,000 at once would delay everything else."""
         some = list(islice(connections, HEARTBEATS_AT_ONCE))
         for connection in some:
-            self.attempt(self._send_heartbeat, connection)
+            if connection.state is not State.CLIENT:
+                continue
+            if connection.unanswered >= MAX_UNANSWERED:
+                self._drop(connection, "no_pong")
+            else:
+                connection.unanswered += connection.feed.format.is_two_way
+                connection.enqueue(connection.feed.format.heartbeat)
+                self.attempt(self.flush, connection)
         if some:
             self._loop.call_soon(lambda: self._send_some_heartbeats(connections))
-
-    def _send_heartbeat(self, connection: Connection) -> None:
-        if connection.state is not State.CLIENT or not connection.feed:
-            return
-        if connection.unanswered >= MAX_UNANSWERED:
-            self._drop(connection, "no_pong")
-            return
-        connection.unanswered += connection.feed.format.is_two_way
-        connection.enqueue(connection.feed.format.heartbeat)
-        self._flush(connection)
 
     # What is held
 
@@ -366,10 +352,10 @@ class Hub:
         """Accept no more connections, and send the clients a close; downloads go on."""
         self._transport.close_listener()
         for connection in list(self._visitors):
-            self._close(connection)
+            self.close(connection)
         if self.stop_close is None:
             for connection in self._all_connections():
-                self._close(connection)
+                self.close(connection)
         else:
             self.disconnect(list(self.clients), *self.stop_close)
 
@@ -378,18 +364,9 @@ class Hub:
 
     def end(self) -> None:
         for connection in self._all_connections():
-            self._close(connection)
+            self.close(connection)
         self._transport.close_listener()
         self._on_end()
-
-
-def _join(connection: Connection, new: set[str]) -> tuple[tuple[str, ...], bytes]:
-    """The assets whose new price this client is to get, and their messages joined."""
-    if connection.feed is None:
-        return (), b""
-    messages = connection.feed.messages
-    due = tuple(asset for asset in connection.assets if asset in new)
-    return due, b"".join([messages[asset] for asset in due])
 
 
 def _address_of(connection: Connection, new_client: NewClient) -> str:

@@ -38,41 +38,30 @@ class State(Enum):
 class Handler(Protocol):
     """What the loop serves. All of it runs in the loop's thread."""
 
-    def serve(self, data: Any, events: int) -> None:
-        """A socket that was registered with `data` is ready."""
-
-    def after_events(self) -> None:
-        """Every event of one `select` was served."""
-
-    def begin_stop(self) -> None:
-        """A stop was asked for."""
-
-    def is_drained(self) -> bool:
-        """Whether a stop has nothing left to wait for."""
-
-    def end(self) -> None:
-        """The loop has ended, also after an error."""
+    def serve(self, data: Any, events: int) -> None: ...  # a socket that was registered with `data` is ready
+    def after_events(self) -> None: ...  # every event of one `select` was served
+    def begin_stop(self) -> None: ...  # a stop was asked for
+    def is_drained(self) -> bool: ...  # whether a stop has nothing left to wait for
+    def end(self) -> None: ...  # the loop has ended, also after an error
 
 
 class Loop:
-    """`call`, `call_soon`, `call_later`, `run` and `stop`, as in asyncio.
+    """`call_soon`, `call_later`, `run` and `stop` as in asyncio, and `call`, which waits.
 
-    state: set by the loop alone. It decides which thread may touch what the loop owns: before the start and
-    after the end a function runs where it is called.
+    state: before the start and after the end a function runs where it is called.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.state = State.BEFORE
-        self.stopping = False  # whether the stop has begun
         self.started, self.ended = threading.Event(), threading.Event()
         self._thread_id = threading.get_ident()
         self._once = threading.Lock()  # whoever gets it runs the loop, or ends one that never ran
         self._calls: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Callable[[], Any]]] = []  # a heap
+        self._timers: list[tuple[float, int, Callable[[], Any]]] = []  # a heap: when, number, function
         self._timer_numbers = count()
         self._stop_requested = False
-        self._stop_deadline = 0.0
+        self._stop_deadline: float | None = None  # monotonic time; None until the stop has begun
         self._busy_since = 0.0
         self._batches: deque[tuple[float, float]] = deque()  # (when, seconds), each longer than all later ones
         self._selector = selectors.DefaultSelector()
@@ -136,9 +125,8 @@ class Loop:
 
     def longest_batch(self) -> float:
         """Seconds of the longest batch of the last 60 s: no function of another thread could run meanwhile."""
-        while self._batches and self._batches[0][0] < time.monotonic() - BATCH_WINDOW:
-            self._batches.popleft()
-        return self._batches[0][1] if self._batches else 0.0
+        oldest = time.monotonic() - BATCH_WINDOW
+        return next((seconds for when, seconds in self._batches if when >= oldest), 0.0)
 
     def _queue(self, function: Callable[[], None]) -> None:
         self._calls.append(function)
@@ -163,7 +151,7 @@ class Loop:
         self.state = State.RUNNING
         self.started.set()
         try:
-            while not (self.stopping and (handler.is_drained() or time.monotonic() >= self._stop_deadline)):
+            while self._stop_deadline is None or not (handler.is_drained() or time.monotonic() >= self._stop_deadline):
                 events = self._selector.select(self._select_timeout())
                 self._busy_since = time.monotonic()
                 self._between_batches(handler)
@@ -183,11 +171,14 @@ class Loop:
             self.stop()
 
     def _select_timeout(self) -> float:
-        if self._calls or self._stop_requested > self.stopping:
+        if self._calls or (self._stop_requested and self._stop_deadline is None):
             return 0.0
-        due = self._timers[0][0] - self.clock() if self._timers else MAX_SELECT
-        left = self._stop_deadline - time.monotonic() if self.stopping else MAX_SELECT
-        return max(min(due, left, MAX_SELECT), 0.0)
+        waits = [MAX_SELECT]
+        if self._timers:
+            waits.append(self._timers[0][0] - self.clock())
+        if self._stop_deadline is not None:
+            waits.append(self._stop_deadline - time.monotonic())
+        return max(min(waits), 0.0)
 
     def _serve(self, handler: Handler, events: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Walk all events: selecting again would return the same ones first (level-triggered) and starve the rest."""
@@ -207,16 +198,12 @@ class Loop:
             self._note_batch()
         self._begin_requested_stop(handler)
         now = self.clock()
-        due = []
-        while self._timers and self._timers[0][0] <= now:
-            due.append(heapq.heappop(self._timers)[2])
-        for function in due:
-            _log_errors(function)
+        for _ in range(sum(when <= now for when, *_ in self._timers)):
+            _log_errors(heapq.heappop(self._timers)[2])
         self._note_batch()
 
     def _begin_requested_stop(self, handler: Handler) -> None:
-        if self._stop_requested and not self.stopping:
-            self.stopping = True
+        if self._stop_requested and self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + STOP_TIMEOUT  # not by `clock`, which may be a test's
             handler.begin_stop()
 

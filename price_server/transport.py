@@ -9,10 +9,11 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from .connection import Connection, State
-from .loop import Loop
+from .loop import Loop, RateLimitedLog
 
 ACCEPT_AT_ONCE = 256  # connections of one round: with fewer, a long round would let the kernel's queue overflow
 ACCEPT_SECONDS = 0.05  # or as many as come in so long: each may bring commands, or ask for the past
@@ -60,18 +61,14 @@ class ConnectionHandler(Protocol):
 
     def connection_made(self, connection: Connection) -> None: ...
     def data_received(self, connection: Connection, data: bytes) -> None: ...
-    def eof_received(self, connection: Connection) -> None: ...
-    def ready_to_send(self, connection: Connection) -> None: ...
-    def attempt(self, step: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
-        """Run a step of this connection: an error in it ends this connection only."""
-
-    def accept_failed(self, reason: str) -> None: ...
+    def flush(self, connection: Connection) -> None: ...  # its socket has room
+    def close(self, connection: Connection) -> None: ...  # its peer has hung up
+    def attempt(self, step: Callable[[Connection], None], connection: Connection) -> None: ...
 
 
 class Transport:
-    def __init__(self, loop: Loop, handler: ConnectionHandler):
-        self._loop = loop
-        self._handler = handler
+    def __init__(self, loop: Loop, handler: ConnectionHandler, log: RateLimitedLog):
+        self._loop, self._handler, self._log = loop, handler, log
         self._listener: socket.socket | None = None
         self._listening = False
 
@@ -82,7 +79,7 @@ class Transport:
         if events & data.watched & READ:
             self._handler.attempt(self.receive, data)
         elif events & data.watched:
-            self._handler.attempt(self._handler.ready_to_send, data)
+            self._handler.attempt(self._handler.flush, data)
 
     # The listener
 
@@ -120,7 +117,7 @@ class Transport:
                 if error.errno in NO_DESCRIPTOR:
                     # The connection stays in the kernel's queue, and `select` would return at once, again and again.
                     self.pause_listening()
-                    self._handler.accept_failed(error.strerror or str(error))
+                    self._log.warn("exhausted", f"cannot accept clients for now: {error.strerror or error}")
                 return
             sock.setblocking(False)
             connection = Connection(self._loop.clock())
@@ -128,7 +125,7 @@ class Transport:
             self._handler.connection_made(connection)
             self._handler.attempt(self.receive, connection)  # usually the request has arrived already
             if connection.state is State.VISITOR:
-                self._handler.attempt(self._watch, connection, READ)
+                self._handler.attempt(self.update_interest, connection)
 
     # One connection
 
@@ -141,25 +138,21 @@ class Transport:
         if data:
             self._handler.data_received(connection, data)
         else:
-            self._handler.eof_received(connection)
-
-    def send(self, connection: Connection, data: bytes | memoryview) -> int:
-        """How many of these bytes the socket took. Raises OSError when the connection is broken."""
-        try:
-            sent: int = connection.socket.send(data, FIN_FOLLOWS if connection.state is State.CLOSING else 0)
-        except BlockingIOError:
-            return 0
-        return sent
+            self._handler.close(connection)
 
     def flush(self, connection: Connection) -> int:
         """Send what is pending as far as the socket takes it, in one turn. Returns how many prices were begun.
 
         After the last bytes this side is shut down. Raises OSError when the connection is broken.
         """
-        begun, before, room = 0, connection.state, SEND_TURN
+        begun, room, before = 0, SEND_TURN, connection.state
+        flags = FIN_FOLLOWS if before is State.CLOSING else 0
         while True:
             data = connection.data_to_send()
-            sent = self.send(connection, data) if data else 0
+            try:
+                sent = connection.socket.send(data, flags) if data else 0
+            except BlockingIOError:
+                sent = 0
             room -= sent
             begun += connection.advance(sent, self._loop.clock())
             if not connection.outbox or sent < len(data) or room <= 0:
@@ -171,12 +164,10 @@ class Transport:
 
     def update_interest(self, connection: Connection) -> None:
         """Wait for room while something is pending, and for data otherwise: pongs to a slow client must not pile up."""
-        self._watch(connection, WRITE if connection.outbox else READ)
-
-    def _watch(self, connection: Connection, events: int) -> None:
-        if connection.watched == events or connection.state is State.ENDED:
+        before, events = connection.watched, WRITE if connection.outbox else READ
+        if before == events or connection.state is State.ENDED:
             return
-        before, connection.watched = connection.watched, 0  # after an error the selector has the socket no more
+        connection.watched = 0  # after an error the selector has the socket no more
         if before:
             self._loop.modify(connection.socket, events, connection)
         else:
@@ -189,7 +180,5 @@ class Transport:
             self._loop.unregister(connection.socket)
             connection.watched = 0
         connection.end()
-        try:
+        with suppress(OSError):  # of a connection that failed already
             connection.socket.close()
-        except OSError:
-            pass  # of a connection that failed already

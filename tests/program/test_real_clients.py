@@ -192,7 +192,7 @@ def visits() -> dict[str, Future[Visit]]:
             connection = client["handler"].connection
             connection.unanswered = 1
             connection.enqueue(encode_frame(Opcode.PING, payload))
-            server._hub.ready_to_send(connection)
+            server._hub.flush(connection)
 
     def all_answered(connections: list[Connection]) -> bool:
         return not any(each.unanswered and each.state is State.CLIENT for each in connections)

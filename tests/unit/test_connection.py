@@ -101,7 +101,7 @@ def test_each_step_leads_to_its_state_or_is_forbidden(before: State, after: tupl
 
 def test_nothing_is_known_or_pending_at_first() -> None:
     visitor = Connection(now=0)
-    assert (visitor.feed, visitor.assets, visitor.unanswered, visitor.outbox) == (None, (), 0, None)
+    assert (visitor.feed.messages, visitor.assets, visitor.unanswered, visitor.outbox) == ({}, (), 0, None)
     assert (visitor.data_to_send(), visitor.advance(0, 0), visitor.unfinished_bytes()) == (b"", 0, 0)
 
 
