@@ -56,7 +56,7 @@ def encode_close(status: int = 1000, reason: str | bytes = b"") -> bytes:
     """A close frame (5.5.1); ValueError for a reason of more than 123 bytes of UTF-8."""
     reason = reason.encode() if isinstance(reason, str) else reason
     if len(reason) > MAX_REASON:
-        raise ValueError(f"close reason of {len(reason)} bytes: {MAX_REASON} are the most")
+        raise ValueError(f"close reason of {len(reason)} bytes: at most {MAX_REASON} are allowed")
     return encode_frame(Opcode.CLOSE, struct.pack("!H", status) + reason)
 
 

@@ -353,11 +353,12 @@ class Hub:
         self._transport.close_listener()
         for connection in list(self._visitors):
             self.close(connection)
-        if self.stop_close is None:
+        close = self.stop_close  # read once, because another thread may set it
+        if close is None:
             for connection in self._all_connections():
                 self.close(connection)
         else:
-            self.disconnect(list(self.clients), *self.stop_close)
+            self.disconnect(list(self.clients), *close)
 
     def is_drained(self) -> bool:
         return not self.clients and not self._finishing

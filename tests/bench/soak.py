@@ -139,7 +139,7 @@ class Run:
             "MiB over time:      ",
             *(f"{self.samples[len(self.samples) * n // 11][3] / (1 << 20):.1f}" for n in range(1, 11)),
         )
-        print(f"{'at the most':20}{most[0]:>10}{most[1]:>10}{most[2] / (1 << 20):>8.1f} MiB")
+        print(f"{'at most':20}{most[0]:>10}{most[1]:>10}{most[2] / (1 << 20):>8.1f} MiB")
         cpu = (usage[3] - before[3]) / self.seconds
         print(f"\n{self.clients} clients, {self.seconds:.0f} s, CPU of the tracker {cpu:.0%}")
         print(f"polls: {source.good} good, {source.bad.total()} failed in {self.bursts} bursts")

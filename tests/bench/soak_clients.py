@@ -95,7 +95,7 @@ class Crowd:
                     if line:  # else the first process is gone
                         self.finish(int(line))
                     return
-                if key.fileobj is key.data.socket:  # not left or opened anew earlier in this turn
+                if key.fileobj is key.data.socket:  # not left or opened again earlier in this turn
                     key.data.read()
             while self.timers and self.timers[0][0] <= time.monotonic():
                 heapq.heappop(self.timers)[2]()

@@ -472,7 +472,7 @@ def test_control_c_while_the_program_loads_is_no_traceback(tmp_path: Path) -> No
 
 def test_control_c_ends_once_without_a_traceback(coin_api: StandIn) -> None:
     coin_api.answer = lambda handler: time.sleep(4)
-    program = "import sys, tracker; sys.exit(tracker.main(['--once']))"  # as a source of one's own starts it
+    program = "import sys, tracker; sys.exit(tracker.main(['--once']))"  # as your own source starts it
     environment = os.environ | {"COIN_API_KEY": KEY, "COIN_API_URL": coin_api.url, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: coin_api.requests)

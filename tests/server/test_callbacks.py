@@ -295,7 +295,7 @@ def test_what_cannot_be_sent_is_raised_where_it_was_asked_and_nothing_is_sent(se
             lambda: server.shutdown_gracefully(1000, "x" * 124),
             lambda: server.deny_new_connections(1000, b"x" * 124),
         ):
-            with pytest.raises(ValueError, match="close reason of 124 bytes: 123 are the most"):
+            with pytest.raises(ValueError, match="close reason of 124 bytes: at most 123 are allowed"):
                 too_long()
         assert client.has_nothing_to_read()
         with RawClient(server.port) as other:

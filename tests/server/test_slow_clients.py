@@ -309,7 +309,7 @@ def test_a_client_is_pinged_every_20_s_and_dropped_after_three_without_a_pong(ti
         assert pings(lively) == 1
         assert len(timed.clients) == 1
     assert dropped(timed) == {"no_pong": 1}
-    assert sample(timed, "messages_sent_total") == 0, "a ping is no message"
+    assert sample(timed, "messages_sent_total") == 0, "a ping is not a message"
 
 
 def test_300_clients_are_all_pinged_at_once_and_once_though_it_is_done_in_slices(timed: RiggedServer) -> None:

@@ -290,7 +290,7 @@ def test_a_close_reason_has_123_bytes_of_utf8_at_the_most() -> None:
     assert (MAX_CONTROL, MAX_REASON) == (125, 123)
     assert encode_close(1000, "x" * 123) == b"\x88\x7d\x03\xe8" + b"x" * 123
     for reason in ("ü" * 62, b"x" * 124):
-        with pytest.raises(ValueError, match=r"^close reason of 124 bytes: 123 are the most$"):
+        with pytest.raises(ValueError, match=r"^close reason of 124 bytes: at most 123 are allowed$"):
             encode_close(1000, reason)
 
 

@@ -246,7 +246,7 @@ def test_points_ahead_of_a_clock_that_was_set_back_are_hidden_until_it_reaches_t
     past.poll("3", "BTC", at=NOON - 3000)
     assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3]]}'
     past.poll("4", "BTC", at=NOON + 5)
-    assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3],[1800000005.000,4]]}', "its step has been polled anew"
+    assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3],[1800000005.000,4]]}', "its step has been polled again"
     past.now = NOON + 20
     assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3],[1800000005.000,4],[1800000020.000,2]]}'
     assert past.since("1h") == NOON - 3000
