@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from running import wait_for
 
-from price_server.archive import Archive, Report
-from price_server.history import History, Loaded
+from price_server.archive import Archive
+from price_server.history import History, Points
 
 NOON = 1_800_000_000.0  # a whole number of every step but the day's
 NAMES = ("1h", "24h", "7d", "30d", "1y")
@@ -42,10 +42,10 @@ class Past(Archive):
         self.loads = 0
         super().__init__(str(file), source, quote, assets, loaded=self.load, wall_clock=lambda: self.now)
 
-    def load(self, loaded: Loaded) -> None:
+    def load(self, step: int, loaded: dict[str, Points]) -> None:
         with self.owner:
             self.loads += 1
-            self.write(self.history.load(loaded))
+            self.write(self.history.load(step, loaded))
 
     def poll(self, price: str, *assets: str, at: float | None = None) -> None:
         with self.owner:
@@ -58,7 +58,7 @@ class Past(Archive):
 
     def text(self, name: str = "1h") -> str:
         with self.owner:
-            return b"".join(self.history.answer(name, self.assets)).decode()
+            return b"".join(self.history.json_pieces(name, self.assets)).decode()
 
     def points(self, name: str = "1h", asset: str = "BTC") -> list[list[float]]:
         return json.loads(self.text(name))[asset]
@@ -122,18 +122,18 @@ def test_it_says_how_the_file_is(
     past: Callable[..., Past], file: Path, disk: type["Disk"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history = past(file)
-    assert history.report == Report("ok", 0, 0.0)
+    assert (history.state, history.write_errors, history.last_write) == ("ok", 0, 0.0)
     history.poll("1")
     history.saved()
-    assert history.report == Report("ok", 0, NOON)
+    assert (history.state, history.write_errors, history.last_write) == ("ok", 0, NOON)
     monkeypatch.setattr(disk, "error", "disk I/O error")
     history.poll("2", at=NOON + 10)
-    wait_for(lambda: history.report.write_errors > 1)
-    assert history.report.state == "failing"
-    assert history.report.last_write == NOON
+    wait_for(lambda: history.write_errors > 1)
+    assert history.state == "failing"
+    assert history.last_write == NOON
     monkeypatch.setattr(disk, "error", None)
-    wait_for(lambda: history.report.state == "ok")
-    assert history.report.last_write == NOON + 10
+    wait_for(lambda: history.state == "ok")
+    assert history.last_write == NOON + 10
 
 
 # The file
@@ -247,11 +247,11 @@ def test_the_files_beside_it_are_small_again_once_another_program_has_read(
             number += 1
             history.poll("2", at=NOON + number * 300)
             history.saved()
-        time.sleep(0.3)  # it is tried in vain
         assert wal.stat().st_size >= 400_000
-        assert history.report.state == "ok"
+        assert history.state == "ok"
+    history.poll("2", at=history.now + 300)
     wait_for(lambda: wal.stat().st_size == 0)
-    assert history.report.write_errors == 0
+    assert history.write_errors == 0
 
 
 def test_a_link_may_stand_where_nothing_may_be_written(
@@ -407,7 +407,7 @@ def test_a_full_disk_costs_one_warning_and_no_point(
     for number in range(100):
         history.poll(str(number), at=NOON + number * 10)
         assert history.points()[-1] == [NOON + number * 10, number]
-    wait_for(lambda: history.report.write_errors > 2, what="some tries")
+    wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(file, ": database or disk is full")
     assert not recovered(log, file)
     monkeypatch.setattr(disk, "error", None)
@@ -452,7 +452,7 @@ def test_a_disk_that_fails_costs_one_warning_and_no_point(
     history.saved()
     monkeypatch.setattr(disk, "error", "disk I/O error")
     history.poll("2", at=NOON + 10)
-    wait_for(lambda: history.report.write_errors > 2, what="some tries")
+    wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(file, ": disk I/O error")
     assert history.loads == 5, "it is not read again with each try"
     history.poll("3", at=NOON + 20)
@@ -475,7 +475,7 @@ def test_a_poll_is_written_whole_or_not_at_all(
     monkeypatch.setattr(disk, "error", "disk I/O error")
     monkeypatch.setattr(disk, "fails_at", "DELETE")  # after the poll's points
     history.poll("2", at=NOON + 3610)
-    wait_for(lambda: history.report.write_errors)
+    wait_for(lambda: history.write_errors)
     assert rows(file) == before
 
 
@@ -542,7 +542,7 @@ def test_a_file_that_was_replaced_by_a_stranger_is_left_alone_and_the_past_stays
     file.unlink()
     file.write_text("a stranger's text")
     history.poll("2", at=NOON + 10)
-    wait_for(lambda: history.report.write_errors > 2, what="some tries")
+    wait_for(lambda: history.write_errors > 2, what="some tries")
     assert len(warnings(log)) == 1
     assert file.read_text() == "a stranger's text"
     assert history.points() == [[NOON, 1], [NOON + 10, 2]]
@@ -592,7 +592,7 @@ def test_a_stop_writes_what_is_left_even_in_trouble(
     history.retry_interval = 60.0
     monkeypatch.setattr(disk, "error", "disk I/O error")
     history.poll("1")
-    wait_for(lambda: history.report.write_errors)
+    wait_for(lambda: history.write_errors)
     monkeypatch.setattr(disk, "error", None)
     history.poll("2", at=NOON + 10)
     assert rows(file) == []  # it is not time yet to try again

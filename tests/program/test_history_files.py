@@ -94,7 +94,7 @@ def track(file: Path, coin_api: StandIn) -> Iterator[Callable[..., Tracker]]:
 
 
 def start(file: Path) -> Archive:
-    archive = Archive(str(file), "coinapi", "USD", ASSETS, loaded=lambda _: None)
+    archive = Archive(str(file), "coinapi", "USD", ASSETS, loaded=lambda *_: None)
     archive.start(5)
     return archive
 
@@ -203,7 +203,7 @@ def test_two_trackers_with_one_file_both_go_on(file: Path, track: Callable[..., 
 def _start_first(name: str, directory: Path, together: Barrier, count: int) -> None:
     for number in range(count):
         file = directory / f"{number}.db"
-        past = Archive(str(file), "coinapi", "USD", (name,), loaded=lambda _: None)
+        past = Archive(str(file), "coinapi", "USD", (name,), loaded=lambda *_: None)
         together.wait(30)
         past.start(20)  # a refusal would end this process with status 1
         past.write(History((name,)).add({name: "1"}, time.time()))
@@ -241,9 +241,9 @@ def _stranger(path: Path, *statements: str) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory": (lambda path: path.mkdir(), "is a directory: name a file in it"),
-    "a pipe": (lambda path: os.mkfifo(path), "is no regular file: remove it"),
-    "a text": (lambda path: path.write_text("BTC,45000\n" * 1000), "is no SQLite database: move it away"),
-    "one byte": (lambda path: path.write_text("x"), "is no SQLite database: move it away"),
+    "a pipe": (lambda path: os.mkfifo(path), "is not a regular file: remove it"),
+    "a text": (lambda path: path.write_text("BTC,45000\n" * 1000), "is not a SQLite database: move it away"),
+    "one byte": (lambda path: path.write_text("x"), "is not a SQLite database: move it away"),
     "a stranger's": (_stranger, "is a database of another program: move it away"),
     "a stranger's in WAL mode": (
         lambda path: _stranger(path, "PRAGMA journal_mode = WAL"),
@@ -360,7 +360,7 @@ def test_a_file_that_cannot_be_used_is_wrong_usage(tmp_path: Path, file: Path) -
         f"history file '{tmp_path}' is a directory: name a file in it, or name another file"
     )
     file.write_text("notes of mine\n")
-    assert "is no SQLite database: move it away, or name another file" in refused(file)
+    assert "is not a SQLite database: move it away, or name another file" in refused(file)
     assert file.read_text() == "notes of mine\n"
     assert os.listdir(tmp_path) == ["past.db"]
 
