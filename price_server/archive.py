@@ -28,15 +28,15 @@ VERSION = 1  # of the table
 TABLE = """CREATE TABLE IF NOT EXISTS points (
     step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
     PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
-IDENTIFY = "PRAGMA application_id"
-SIGN = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}")
-CREATE = ("BEGIN IMMEDIATE", TABLE, *SIGN, "COMMIT")
+CREATE = (
+    *("BEGIN IMMEDIATE", TABLE),
+    *(f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}", "COMMIT"),
+)
 CONFIGURE = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",  # a program that is killed loses the current poll at most
     f"PRAGMA journal_size_limit = {MAX_WAL}",
 )
-CHECK = "PRAGMA quick_check(1)"
 EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 WRITE = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE = "DELETE FROM points WHERE step = ? AND slot = ? AND source = ? AND quote = ? AND asset = ?"
@@ -58,7 +58,6 @@ class Archive:
     """
 
     retry_interval = 1.0  # seconds until a file that could not be opened or written is tried again
-    locked_interval = 0.1  # seconds, where it was locked: two first starts in the same moment collide
 
     def __init__(
         self,
@@ -133,27 +132,20 @@ class Archive:
         stopping = False
         while not stopping and self.state != "refused":
             with self._changed:
-                self._changed.wait_for(self._is_due, self._pause)
+                self._changed.wait_for(lambda: self._stopping or (self._waiting and self._pause is None), self._pause)
                 stopping = self._stopping
             try:
-                self._save()
+                self._disk = self._disk or self._open()
+                self._write_waiting(self._disk)
+                # After writing, so that a disk which only fails to write is not read each second.
+                if self._must_read:
+                    self._read_all(self._disk)
+                self._limit_wal(self._disk)
             except Exception as error:
                 self._note_failure(error)
             else:
                 self._note_success()
         self._close()
-
-    def _is_due(self) -> bool:
-        return self._stopping or (self._pause is None and bool(self._waiting))
-
-    def _save(self) -> None:
-        """Open the file unless it is open, and write what it lacks."""
-        self._disk = self._disk or self._open()
-        self._write_waiting(self._disk)
-        # After writing, so that a disk which only fails to write is not read each second.
-        if self._must_read:
-            self._read_all(self._disk)
-        self._limit_wal(self._disk)
 
     def _write_waiting(self, disk: sqlite3.Connection) -> None:
         while self._waiting:
@@ -170,10 +162,9 @@ class Archive:
 
     def _write(self, disk: sqlite3.Connection, change: Poll | Known) -> None:
         """In one transaction, write these points and delete those that memory no longer holds."""
-        rows = ((step, number, *self._key, *point) for step, number, *point in change.rows())
-        gone = ((step, number, *self._key, asset) for step, number, asset in change.forgotten)
         with disk:
-            disk.executemany(WRITE, rows)
+            disk.executemany(WRITE, ((step, number, *self._key, *point) for step, number, *point in change.rows()))
+            gone = ((step, number, *self._key, asset) for step, number, asset in change.forgotten)
             disk.executemany(DELETE, gone)
 
     def _read_all(self, disk: sqlite3.Connection) -> None:
@@ -220,8 +211,8 @@ class Archive:
             logger.log(NOTICE, "history file %r is up to date again", self._file)
 
     def _note_failure(self, error: Exception) -> None:
+        self._pause = self.retry_interval
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits are details
-        self._pause = self.locked_interval if code == sqlite3.SQLITE_BUSY else self.retry_interval
         if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
             self._close()
         what = getattr(error, "strerror", None) or str(error)
@@ -253,7 +244,7 @@ class Archive:
             raise ArchiveError(f"history file {self._file!r} {complaint}, or name another file")
         disk = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level="IMMEDIATE")
         try:
-            new = disk.execute(IDENTIFY).fetchone() != (APPLICATION_ID,)
+            new = disk.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,)
             for statement in (*CREATE, *CONFIGURE) if new else CONFIGURE:
                 disk.execute(statement)
             self._identity = os.stat(self._file)
@@ -304,7 +295,7 @@ def _complaint_about_content(path: str) -> str | None:
         return "is damaged (cut off): put a copy in its place"  # SQLite would ignore an incomplete last page
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
-        (verdict,) = disk.execute(CHECK).fetchone()
+        (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:
         code = error.sqlite_errorcode & 0xFF
         if code == sqlite3.SQLITE_READONLY:

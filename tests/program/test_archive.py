@@ -28,7 +28,6 @@ class Past(Archive):
     """An Archive with its History, and a clock that stands still."""
 
     retry_interval = 0.05
-    locked_interval = 0.02
 
     def __init__(
         self,
@@ -154,15 +153,7 @@ def test_other_sources_and_quotes_share_the_file_and_never_mix(past: Start, file
         history.stop(5)
 
 
-def test_an_asset_that_comes_back_finds_its_past(past: Start, filled: Path) -> None:
-    other = past(filled, assets=("BTC", "SOL"), now=NOON + 86400)
-    other.poll("1")
-    assert other.points("24h", "SOL") == [[NOON + 86400, 1]]
-    other.stop(5)
-    assert len(past(filled, now=NOON + 86400).points("24h", "ETH")) == 96
-
-
-def test_what_memory_let_go_of_leaves_the_file_and_nothing_else(past: Start, file: Path) -> None:
+def test_what_memory_dropped_leaves_the_file_and_nothing_else(past: Start, file: Path) -> None:
     others = ({"source": "demo"}, {"quote": "EUR"}, {"assets": ("DOGE",)})
     for options in others:
         history = past(file, **options)
@@ -225,22 +216,17 @@ def test_the_files_beside_it_are_small_again_once_another_program_has_read(
 
 
 def test_a_link_may_be_where_none_may_write(past: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    links, real = tmp_path / "links", tmp_path / "real"
-    links.mkdir()
-    real.mkdir()
-    (links / "past.db").symlink_to(real / "past.db")
-    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != os.path.realpath(links))
-    past(links / "past.db").poll("1")
-    wait_for(lambda: len(rows(real / "past.db")) == 10)
-    assert os.listdir(links) == ["past.db"]
-
-
-def test_a_name_with_signs_that_mean_something_in_an_address(past: Start, tmp_path: Path) -> None:
-    for _ in range(2):
-        history = past(tmp_path / "50%20 ?mode=memory#ä.db")
+    link, real = tmp_path / "links" / "past.db", tmp_path / "real" / "50%20 ?mode=memory#ä.db"  # signs of an address
+    for file in (link, real):
+        file.parent.mkdir()
+    link.symlink_to(real)
+    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != os.path.realpath(link.parent))
+    for number in range(2):
+        history = past(link, now=NOON + number)
+        assert len(history.points()) == number
         history.poll("1")
         history.stop(5)
-    assert os.listdir(tmp_path) == ["50%20 ?mode=memory#ä.db"]
+    assert (os.listdir(link.parent), os.listdir(real.parent)) == (["past.db"], [real.name])
 
 
 def test_a_first_start_that_was_cut_short_is_finished(past: Start, filled: Path, tmp_path: Path) -> None:
@@ -314,7 +300,6 @@ def test_a_lock_of_another_program_costs_one_warning_and_no_point(
     past: Start, file: Path, disk: type[Disk], log: Log
 ) -> None:
     history = past(file)
-    history.retry_interval = 60.0  # that is for other trouble
     opened = disk.opened
     with closing(connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -365,7 +350,6 @@ def test_a_disk_that_takes_nothing_costs_one_warning_and_no_point(
     past: Start, file: Path, disk: type[Disk], log: Log, error: str, opened_again: bool
 ) -> None:
     history = past(file)
-    history.locked_interval = 60.0  # that is for a lock
     opened = disk.opened
     assert (history.state, history.write_errors, history.last_write) == ("ok", 0, 0.0)
     history.poll("0")

@@ -14,6 +14,7 @@ NOON = 1_800_000_000.0  # a whole number of every step but the day's
 
 def start_archive(file: Path, assets: Iterable[str]) -> Archive:
     archive = Archive(str(file), "coinapi", "USD", assets, loaded=lambda *_: None)
+    archive.retry_interval = 0.1
     archive.start(5)
     return archive
 
