@@ -13,9 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from .history import RANGES, Known, Loaded, Poll, encode_point, step_number
+from .history import RANGES, Known, Points, Poll, encode_point
 
 MAX_WAITING = 50_000  # prices that wait for a disk; more are dropped, and the file is then compared with memory again
 BUSY_TIMEOUT = 0.1  # seconds of waiting for another program's lock, before that is a failure to be tried again
@@ -29,15 +28,15 @@ VERSION = 1  # of the table
 TABLE = """CREATE TABLE IF NOT EXISTS points (
     step INTEGER, slot INTEGER, source TEXT, quote TEXT, asset TEXT, time REAL, price TEXT,
     PRIMARY KEY (step, slot, source, quote, asset)) WITHOUT ROWID"""
-IDENTIFY = "PRAGMA application_id"
-SIGN = (f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}")
-CREATE = ("BEGIN IMMEDIATE", TABLE, *SIGN, "COMMIT")
+CREATE = (
+    *("BEGIN IMMEDIATE", TABLE),
+    *(f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {VERSION}", "COMMIT"),
+)
 CONFIGURE = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",  # a program that is killed loses the current poll at most
     f"PRAGMA journal_size_limit = {MAX_WAL}",
 )
-CHECK = "PRAGMA quick_check(1)"
 EMPTY_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 WRITE = "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?, ?)"
 DELETE = "DELETE FROM points WHERE step = ? AND slot = ? AND source = ? AND quote = ? AND asset = ?"
@@ -50,26 +49,15 @@ class ArchiveError(ValueError):
     """The file cannot be used; the text is one line that names it and the way out."""
 
 
-class Report(NamedTuple):
-    """The state of the file, for /healthz and /metrics."""
-
-    state: str  # "ok", or "failing" while it lacks something
-    write_errors: int  # times that it could not be opened or written
-    last_write: float  # epoch seconds; 0.0 for none
-
-
 class Archive:
-    """The file and its thread. `start`, `write`, `stop` and `report` are for other threads.
+    """The file and its thread. `start`, `write` and `stop` are for other threads.
 
     source, quote: part of each point's key: simulated prices, or those in another currency, are never mixed in.
-    loaded: called with each range that was read, whenever a file is opened; what `History.load` makes of it is to be
-        handed to `write`. During `start` it is called there, in the thread that starts; later in the archive's,
-        so it must hand it over to the thread that owns the history, even when that does not run yet.
-    report: a value that is replaced whole; any thread may read it.
+    loaded: called in the archive's thread with the step and the points of each range, whenever the file was read. It
+        must have the thread that owns the history call `History.load`, and `write` with the result.
     """
 
     retry_interval = 1.0  # seconds until a file that could not be opened or written is tried again
-    locked_interval = 0.1  # seconds, where it was locked: two first starts in the same moment collide
 
     def __init__(
         self,
@@ -78,29 +66,29 @@ class Archive:
         quote: str,
         assets: Iterable[str],
         *,
-        loaded: Callable[[Loaded], object],
+        loaded: Callable[[int, dict[str, Points]], object],
         wall_clock: Callable[[], float] = time.time,
     ):
         self._file, self._key, self._assets = file, (source, quote), tuple(assets)
         self._loaded, self._wall_clock = loaded, wall_clock
-        self.report = Report("failing", 0, 0.0)
 
-        # Shared with other threads. `_changed` guards it, and is never held while waiting for a disk.
+        # For any thread to read.
+        self.state = "opening"  # until `start` returns; then "ok", or "failing" while the file lacks something
+        self.write_errors = 0  # times that it could not be opened or written
+        self.last_write = 0.0  # epoch seconds; 0.0 for none
+
+        # Shared with other threads. `_changed` guards it and `state`, and is never held while waiting for a disk.
         self._changed = threading.Condition()
         self._waiting: deque[Poll | Known] = deque(maxlen=max(MAX_WAITING // max(len(self._assets), 1), 100))
-        self._lost = False  # whether some that waited were dropped, because there were too many
-        self._read: list[Loaded] | None = []  # for `start` to hand over; None when that is over
+        self._must_read = True  # since it was opened, or because some of what waited was dropped
         self._stopping = False
-        self._state = "opening"  # or "ok"; "failing", when that was logged; "refused", permanently
-        self._reason = f"history file {file!r} does not answer"  # for failing or being refused
 
         # The thread's own.
         self._disk: sqlite3.Connection | None = None
         self._identity: os.stat_result  # of the file that is open
-        self._is_read = False  # since it was opened
         self._expected = 0  # `Known`s still to come for what was read: until they are written the file lacks something
-        self._is_failing = False  # the last try failed: the next one waits for its time, not for the next poll
-        self._next_try: float | None = 0.0  # monotonic time; None while nothing has to be tried
+        self._pause: float | None = 0.0  # seconds until the next try; None: when something waits
+        self._reason = f"history file {file!r} does not answer"  # for failing or being refused
         # A daemon: a disk that hangs must not keep the program from ending.
         self._thread = threading.Thread(target=self._run, name="archive", daemon=True)
 
@@ -113,21 +101,19 @@ class Archive:
         """
         self._thread.start()
         with self._changed:
-            in_time = self._changed.wait_for(lambda: self._state != "opening", wait)
+            in_time = self._changed.wait_for(lambda: self.state != "opening", wait)
             if not in_time:
-                self._state = "failing"
-            read, self._read = self._read or [], None
-        if self._state == "refused":
+                self.state = "failing"
+        if self.state == "refused":
             raise ArchiveError(self._reason)
         if not in_time:
             self._warn()
-        for each in read:
-            self._loaded(each)
 
     def write(self, change: Poll | Known) -> None:
         """Have the thread write what `History.add` or `History.load` returned. Never blocks."""
         with self._changed:
-            self._lost |= len(self._waiting) == self._waiting.maxlen
+            if len(self._waiting) == self._waiting.maxlen:
+                self._must_read = True
             self._waiting.append(change)
             self._changed.notify_all()
 
@@ -144,94 +130,68 @@ class Archive:
     def _run(self) -> None:
         """Wait, and write what waits, until `stop` or a refusal at the start."""
         stopping = False
-        while not stopping and self._state != "refused":
+        while not stopping and self.state != "refused":
             with self._changed:
-                self._changed.wait_for(self._is_due, self._pause())
+                self._changed.wait_for(lambda: self._stopping or (self._waiting and self._pause is None), self._pause)
                 stopping = self._stopping
             try:
-                self._save()
-            except Exception:
-                logger.exception("the history file had an error, and is tried again")
-                self._is_failing, self._next_try = True, time.monotonic() + self.retry_interval
+                self._disk = self._disk or self._open()
+                self._write_waiting(self._disk)
+                # After writing, so that a disk which only fails to write is not read each second.
+                if self._must_read:
+                    self._read_all(self._disk)
+                self._limit_wal(self._disk)
+            except Exception as error:
+                self._note_failure(error)
+            else:
+                self._note_success()
         self._close()
-
-    def _is_due(self) -> bool:
-        return self._stopping or (bool(self._waiting) and not self._is_failing) or self._pause() == 0.0
-
-    def _pause(self) -> float | None:
-        """Seconds until something has to be tried, or None."""
-        return None if self._next_try is None else max(self._next_try - time.monotonic(), 0.0)
-
-    def _save(self) -> None:
-        """Open the file unless it is open, and write what it lacks; when that fails, set when to try again."""
-        try:
-            self._disk = self._disk or self._open(self._file)
-            self._next_try = None
-            self._write_waiting(self._disk)
-            # After writing, so that a disk which only fails to write is not read each second.
-            if not self._is_read or self._lost:
-                self._is_read, self._lost = True, False
-                self._read_all(self._disk)
-            self._limit_wal(self._disk)
-        except (ArchiveError, OSError, sqlite3.Error) as error:
-            self._note_failure(error)
-        else:
-            self._note_success()
 
     def _write_waiting(self, disk: sqlite3.Connection) -> None:
         while self._waiting:
-            change = self._waiting.popleft()
-            try:
-                if not change.is_empty():
-                    self._check_identity(disk)
-                    self._write(disk, change)
-                    self.report = self.report._replace(last_write=self._wall_clock())
-            except BaseException:
-                with self._changed:
-                    if len(self._waiting) == self._waiting.maxlen:
-                        self._lost = True
-                    else:
-                        self._waiting.appendleft(change)
-                raise
+            change = self._waiting[0]
+            if change.forgotten or any(change.rows()):  # nothing at all must not wait for another program's lock
+                self._check_identity(disk)
+                self._write(disk, change)
+                self.last_write = self._wall_clock()
+            with self._changed:
+                if self._waiting[0] is change:  # it was not dropped meanwhile
+                    self._waiting.popleft()
             if isinstance(change, Known):
-                self._expected = max(self._expected - 1, 0)
+                self._expected -= 1
 
     def _write(self, disk: sqlite3.Connection, change: Poll | Known) -> None:
         """In one transaction, write these points and delete those that memory no longer holds."""
         with disk:
-            disk.executemany(WRITE, ((step, slot, *self._key, *point) for step, slot, *point in change.rows()))
-            if change.forgotten:
-                gone = ((step, step_number(point, step), *self._key, asset) for step, asset, point in change.forgotten)
-                disk.executemany(DELETE, gone)
+            disk.executemany(WRITE, ((step, number, *self._key, *point) for step, number, *point in change.rows()))
+            gone = ((step, number, *self._key, asset) for step, number, asset in change.forgotten)
+            disk.executemany(DELETE, gone)
 
     def _read_all(self, disk: sqlite3.Connection) -> None:
         """Hand over what the file has, one range at a time: loading all at once would delay the server thread."""
-        self._expected = 0
-        for span in RANGES:
-            texts: dict[str, list[bytes]] = {asset: [] for asset in self._assets}
-            for slot, asset, at, price in disk.execute(READ, (span.step, *self._key)):
-                if asset in texts:
-                    # Rounding to milliseconds must not move it into the next step.
-                    texts[asset].append(encode_point(min(at, (slot + 1) * span.step - 0.001), price))
-            read = Loaded(span.step, {asset: b",".join(points) for asset, points in texts.items() if points})
-            with self._changed:
-                is_starting = self._read is not None
-                if self._read is not None:
-                    self._read.append(read)
-            if not is_starting:
+        self._must_read, self._expected = False, 0
+        try:
+            for span in RANGES:
+                loaded = self._read(disk, span.step)
                 self._expected += 1
-                self._loaded(read)
+                self._loaded(span.step, loaded)
+        except BaseException:
+            self._must_read = True
+            raise
+
+    def _read(self, disk: sqlite3.Connection, step: int) -> dict[str, Points]:
+        points: dict[str, Points] = {asset: {} for asset in self._assets}
+        for number, asset, at, price in disk.execute(READ, (step, *self._key)):
+            if asset in points:
+                # Rounding to milliseconds must not move it into the next step.
+                points[asset][number] = encode_point(min(at, (number + 1) * step - 0.001), price)
+        return points
 
     def _limit_wal(self, disk: sqlite3.Connection) -> None:
         """Empty FILE-wal when it is too large: it grows while another program reads for long, and shrinks only so."""
-        try:
-            if os.path.getsize(os.path.realpath(self._file) + "-wal") <= MAX_WAL:
-                return
-        except FileNotFoundError:
-            return
-        busy, *_ = disk.execute(EMPTY_WAL).fetchone()
-        if busy:
-            self._next_try = time.monotonic() + self.retry_interval
+        wal = os.path.realpath(self._file) + "-wal"
+        if os.path.exists(wal) and os.path.getsize(wal) > MAX_WAL:
+            disk.execute(EMPTY_WAL)
 
     def _check_identity(self, disk: sqlite3.Connection) -> None:
         """Raises ArchiveError when the file was replaced: SQLite would write into a deleted file without an error."""
@@ -241,32 +201,29 @@ class Archive:
             raise ArchiveError(f"history file {self._file!r} was replaced")
 
     def _note_success(self) -> None:
-        self._is_failing = False
-        if self._expected:
-            return
+        self._pause = None
         with self._changed:
-            before, self._state = self._state, "ok"
-            self.report = self.report._replace(state="ok")
-            self._changed.notify_all()
-        if before == "failing":
+            before = self.state
+            if before == "opening" or not self._expected:
+                self.state = "ok"
+                self._changed.notify_all()
+        if before == "failing" and self.state == "ok":
             logger.log(NOTICE, "history file %r is up to date again", self._file)
 
     def _note_failure(self, error: Exception) -> None:
-        self._is_failing = True
+        self._pause = self.retry_interval
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits are details
-        locked = code == sqlite3.SQLITE_BUSY
-        self._next_try = time.monotonic() + (self.locked_interval if locked else self.retry_interval)
-        if not locked and code != sqlite3.SQLITE_FULL:
+        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
             self._close()
         what = getattr(error, "strerror", None) or str(error)
         self._reason = what if isinstance(error, ArchiveError) else f"history file {self._file!r}: {what}"
-        self.report = Report("failing", self.report.write_errors + 1, self.report.last_write)
+        self.write_errors += 1
         with self._changed:
-            before = self._state
+            before = self.state
             if before == "ok":
-                self._state = "failing"
+                self.state = "failing"
             elif before == "opening" and isinstance(error, ArchiveError):
-                self._state = "refused"
+                self.state = "refused"
                 self._changed.notify_all()
         if before == "ok":
             self._warn()
@@ -279,22 +236,22 @@ class Archive:
     def _warn(self) -> None:
         logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
 
-    def _open(self, file: str) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection:
         """Open the file. Raises ArchiveError when it is refused; nothing has changed then."""
-        path = os.path.realpath(file)
+        path = os.path.realpath(self._file)
         complaint = _complaint(path)
         if complaint:
-            raise ArchiveError(f"history file {file!r} {complaint}, or name another file")
+            raise ArchiveError(f"history file {self._file!r} {complaint}, or name another file")
         disk = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level="IMMEDIATE")
         try:
-            new = disk.execute(IDENTIFY).fetchone() != (APPLICATION_ID,)
+            new = disk.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,)
             for statement in (*CREATE, *CONFIGURE) if new else CONFIGURE:
                 disk.execute(statement)
-            self._identity = os.stat(file)
+            self._identity = os.stat(self._file)
         except BaseException:
             disk.close()
             raise
-        self._is_read = False
+        self._must_read = True
         return disk
 
 
@@ -306,7 +263,7 @@ def _complaint(path: str) -> str | None:
     if os.path.isdir(path):
         return "is a directory: name a file in it"
     if os.path.exists(path) and not os.path.isfile(path):
-        return "is no regular file: remove it"  # opening a pipe would block
+        return "is not a regular file: remove it"  # opening a pipe would block
     if not os.access(directory, os.W_OK | os.X_OK):
         return f"gets files beside it: make {directory!r} writable"
     if not os.path.exists(path):
@@ -321,7 +278,7 @@ def _complaint(path: str) -> str | None:
 def _complaint_about_head(head: bytes) -> str | None:
     """Read without SQLite, which would put files beside another program's database."""
     if not head.startswith(b"SQLite format 3\0"):
-        return "is no SQLite database: move it away"
+        return "is not a SQLite database: move it away"
     if len(head) < 100:
         return "is damaged: put a copy in its place"
     version, application = struct.unpack_from(">I4xI", head, 60)
@@ -338,7 +295,7 @@ def _complaint_about_content(path: str) -> str | None:
         return "is damaged (cut off): put a copy in its place"  # SQLite would ignore an incomplete last page
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
-        (verdict,) = disk.execute(CHECK).fetchone()
+        (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:
         code = error.sqlite_errorcode & 0xFF
         if code == sqlite3.SQLITE_READONLY:

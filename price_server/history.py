@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import combinations
 from typing import Any, NamedTuple
 
 
@@ -35,7 +35,8 @@ RANGES = (  # about 360 points each; a step is the key of its range, also in the
 
 Text = bytes | bytearray  # points with commas between them: [1800000000.123,45000.0],[1800000010.123,45001.5]
 Row = tuple[int, int, str, float, str]  # step, number of the step, asset, epoch seconds, price
-Forgotten = tuple[int, str, bytearray]  # step, asset, point: one that memory no longer holds
+Forgotten = tuple[int, int, str]  # step, number of the step, asset: of a point that memory no longer holds
+Points = dict[int, bytes]  # made by `encode_point`, by the number of their step
 
 
 class Poll(NamedTuple):
@@ -45,9 +46,6 @@ class Poll(NamedTuple):
     prices: Mapping[str, str]
     steps: tuple[int, ...]
     forgotten: list[Forgotten]
-
-    def is_empty(self) -> bool:
-        return not self.prices
 
     def rows(self) -> Iterator[Row]:
         for step in self.steps:
@@ -62,9 +60,6 @@ class Known(NamedTuple):
     texts: dict[str, bytes]
     forgotten: list[Forgotten]
 
-    def is_empty(self) -> bool:
-        return not (self.texts or self.forgotten)
-
     def rows(self) -> Iterator[Row]:
         for asset, text in self.texts.items():
             for point in _split(text):
@@ -72,21 +67,9 @@ class Known(NamedTuple):
                 yield self.step, int(at // self.step), asset, at, point[point.index(b",") + 1 : -1].decode()
 
 
-class Loaded(NamedTuple):
-    """What a file has of one range: by asset, points made by `encode_point` in the order of time, each step once."""
-
-    step: int
-    texts: dict[str, bytes]
-
-
 def encode_point(at: float, price: str) -> bytes:
     """A point; `at` epoch seconds, `price` JSON."""
     return f"[{at:.3f},{price}]".encode()
-
-
-def step_number(point: Text, step: int, begin: int = 0) -> int:
-    """The number of the step of the point that begins at `begin`."""
-    return int(_time(point, begin) // step)
 
 
 class History:
@@ -104,14 +87,13 @@ class History:
         wall_clock: Callable[[], float] = time.time,
         ranges: Sequence[Range] = RANGES,
     ):
-        for one, other in ((one, other) for one in ranges for other in ranges if one is not other):
+        for one, other in combinations(ranges, 2):
             if one.step == other.step or one.name == other.name:
                 raise ValueError(
                     f"RANGES: {one.name!r} every {one.step} s and {other.name!r} every {other.step} s: "
                     "each range needs a name and a step that no other has"
                 )
         self._wall_clock = wall_clock
-        self.names = tuple(span.name for span in ranges)
         self._ranges = {span.name: _RangePoints(span, assets) for span in ranges}
         self._by_step = {points.span.step: points for points in self._ranges.values()}
 
@@ -128,19 +110,19 @@ class History:
             forgotten += range_points.add(int(at // step), points)
         return Poll(at, prices, tuple(self._by_step), forgotten)
 
-    def load(self, loaded: Loaded) -> Known:
-        """Add what a file has before what is here; on the same step, what is here wins.
+    def load(self, step: int, loaded: Mapping[str, Points]) -> Known:
+        """Add what a file has of one range, by asset, before what is here; on the same step, what is here wins.
 
         Returns what the archive must write: what was here already.
         """
-        return self._by_step[loaded.step].load(loaded)
+        return self._by_step[step].load(loaded)
 
     def describe(self) -> list[dict[str, Any]]:
         """The ranges, as /healthz shows them; `since` is the time of the oldest point that is shown, or None."""
         now = self._now()
         return [points.span._asdict() | {"since": points.since(now)} for points in self._ranges.values()]
 
-    def answer(self, range_name: str, assets: Iterable[str]) -> list[bytes]:
+    def json_pieces(self, range_name: str, assets: Iterable[str]) -> list[bytes]:
         """{"BTC":[[epoch_seconds,price],...],...} in pieces, which responses share until a point changes.
 
         Raises KeyError for an unknown range or asset.
@@ -161,169 +143,120 @@ class History:
 
 
 class _RangePoints:
-    """The points of all assets in one range. Those of the current step are apart, because each poll replaces them."""
+    """The points of all assets in one range, and what was shown of them since the last change."""
 
     def __init__(self, span: Range, assets: Iterable[str]):
         self.span = span
-        self._series = {asset: _Series(span.step) for asset in assets}
-        self._heads = {asset: f"{json.dumps(asset)}:[".encode() for asset in self._series}
-        self._slot: int | None = None  # the number of the current step
-        self._current: dict[str, bytes] = {}  # its points
-        # By asset, since the last change: the member that was shown, and which pieces of text it is.
-        self._members: dict[str, tuple[list[tuple[int, int]], bytes]] = {}
+        self._series = {asset: _Series(span) for asset in assets}
+        self._sorted: dict[str, bytes] = {}  # by the time, of series that are not
+        self._members: dict[str, tuple[slice, bytes]] = {}  # which part of the text was shown, and its JSON
         self._since: tuple[float, float] | None = None  # when `since` was last asked, and what it was
 
-    def add(self, slot: int, points: dict[str, bytes]) -> list[Forgotten]:
+    def add(self, number: int, points: dict[str, bytes]) -> list[Forgotten]:
         forgotten: list[Forgotten] = []
-        if slot != self._slot:
-            self._finish_step()
-            self._slot = slot
-        most = self.span.max_points
-        for asset in points.keys() - self._current.keys() if self._current else points:
-            series = self._series[asset]
-            if slot <= series.last or len(series.runs) > 1:
-                series.remove(slot)
-            if series.count >= most:
-                forgotten.append((self.span.step, asset, series.pop_first()))
-        self._current.update(points)
-        self._forget_answers()
+        for asset, point in points.items():
+            dropped = self._series[asset].add(number, point)
+            if dropped is not None:
+                forgotten.append((self.span.step, dropped, asset))
+        self._forget_shown()
         return forgotten
 
-    def _finish_step(self) -> None:
-        for asset, point in self._current.items():
-            self._series[asset].append(self._slot, point)  # type: ignore[arg-type]
-        self._slot, self._current = None, {}
-
-    def load(self, loaded: Loaded) -> Known:
-        self._finish_step()
-        known = {asset: series.copy() for asset, series in self._series.items() if series.count}
-        forgotten: list[Forgotten] = []
-        for asset, text in loaded.texts.items():
-            series = self._series[asset]
-            series.insert(text)
-            while series.count > self.span.max_points:
-                forgotten.append((self.span.step, asset, series.pop_first()))
-        self._forget_answers()
+    def load(self, loaded: Mapping[str, Points]) -> Known:
+        known = {asset: bytes(series.text) for asset, series in self._series.items() if series.text}
+        dropped = [(asset, self._series[asset].load(points)) for asset, points in loaded.items()]
+        self._forget_shown()
+        forgotten = [(self.span.step, number, asset) for asset, numbers in dropped for number in numbers]
         return Known(self.span.step, known, forgotten)
 
-    def _forget_answers(self) -> None:
+    def _forget_shown(self) -> None:
+        self._sorted.clear()
         self._members.clear()
         self._since = None
 
     def since(self, now: float) -> float | None:
-        oldest = now - self.span.seconds
-        if self._since and self._since[0] <= now and self._since[1] > oldest:
+        if self._since and self._since[0] <= now and self._since[1] > now - self.span.seconds:
             return self._since[1]  # all series of 400 assets take 3 ms a range, and /healthz is asked often
-        texts = [text for asset in self._series for text in self._texts(asset)]
-        begins = [(text, _find_later(text, oldest)) for text in texts]
-        firsts = [_time(text, begin) for text, begin in begins if begin < len(text)]
-        since = min((first for first in firsts if first <= now), default=None)
+        shown = ((self._text(asset), self._find_shown(asset, now)) for asset in self._series)
+        since = min((_time(text, part.start) for text, part in shown if part.start < part.stop), default=None)
         self._since = None if since is None else (now, since)
         return since
 
     def member(self, asset: str, now: float) -> bytes:
         """The asset's member of the JSON object."""
-        found = self._find_shown(asset, now)
-        if asset in self._members and self._members[asset][0] == found:
+        part = self._find_shown(asset, now)
+        if asset in self._members and self._members[asset][0] == part:
             return self._members[asset][1]
-        member = b"%b%b]" % (self._heads[asset], self._join(asset, found))
-        self._members[asset] = found, member
+        member = b"".join((json.dumps(asset).encode(), b":[", self._text(asset)[part], b"]"))
+        self._members[asset] = part, member
         return member
 
-    def shown(self, asset: str, now: float) -> bytes:
-        return self._join(asset, self._find_shown(asset, now))
+    def shown(self, asset: str, now: float) -> Text:
+        return self._text(asset)[self._find_shown(asset, now)]
 
-    def _texts(self, asset: str) -> list[Text]:
-        current = self._current.get(asset)
-        return [*self._series[asset].runs, current] if current else [*self._series[asset].runs]
+    def _find_shown(self, asset: str, now: float) -> slice:
+        """Which part of the text is in the range and not ahead of the clock."""
+        text = self._text(asset)
+        begin = _find_later(text, now - self.span.seconds)
+        if begin >= len(text):
+            return slice(0, 0)
+        end = len(text) if _time(text, text.rindex(b"[")) <= now else _find_later(text, now) - 1
+        return slice(begin, max(begin, end))
 
-    def _find_shown(self, asset: str, now: float) -> list[tuple[int, int]]:
-        oldest = now - self.span.seconds
-        return [_find_within(text, oldest, now) for text in self._texts(asset)]
-
-    def _join(self, asset: str, found: list[tuple[int, int]]) -> bytes:
-        texts = zip(self._texts(asset), found, strict=True)
-        parts = [text[begin:end] for text, (begin, end) in texts if begin < end]
-        if any(_time(one, one.rindex(b"[")) > _time(other) for one, other in pairwise(parts)):  # the clock was set
-            parts = sorted((point for part in parts for point in _split(part)), key=_time)
-        return b",".join(parts)
+    def _text(self, asset: str) -> Text:
+        """All points in the order of time."""
+        series = self._series[asset]
+        if series.is_rising:
+            return series.text
+        if asset not in self._sorted:
+            points = sorted(_split(series.text), key=_time)
+            self._sorted[asset] = b",".join(points)
+        return self._sorted[asset]
 
 
 class _Series:
-    """The points of one asset in one range, as text in the order of arrival, each step once.
+    """The points of one asset in one range, as text in the order of arrival, each step once."""
 
-    `runs`: in each of these texts the time only rises. There is one, until a clock is set back.
-    """
+    __slots__ = ("_count", "_last", "_span", "is_rising", "text")
 
-    __slots__ = ("_step", "count", "last", "runs")
+    def __init__(self, span: Range):
+        self._span = span
+        self._set({})
 
-    def __init__(self, step: int):
-        self._step = step
-        self.runs: list[bytearray] = []
-        self.count = 0
-        self.last: float = -math.inf  # the number of the last point's step
+    def _set(self, points: Points) -> None:
+        self.text = bytearray(b",".join(points.values()))
+        self.is_rising = [*points] == sorted(points)  # whether the times rise, as they do until a clock is set back
+        self._count = len(points)
+        self._last = next(reversed(points), -math.inf)  # the number of the last point's step
 
-    def append(self, slot: int, point: bytes) -> None:
-        """Add a point of a step that is not here."""
-        if slot > self.last and self.runs:
-            run = self.runs[-1]
-            run += b"," + point
+    def add(self, number: int, point: bytes) -> int | None:
+        """Add a point, in place of that of the same step. Returns the number of the step that is dropped for it."""
+        if number == self._last:
+            self.text[self.text.rindex(b"[") :] = point
+            return None
+        if number > self._last and self.is_rising:
+            self.text += b"," + point if self.text else point
+            self._count += 1
+            self._last = number
         else:
-            self.runs.append(bytearray(point))
-        self.count += 1
-        self.last = slot
+            points = self._points()
+            points.pop(number, None)
+            self._set(points | {number: point})
+        return self._drop_first() if self._count > self._span.max_points else None
 
-    def insert(self, text: bytes) -> None:
-        """Add points before all others; on a step that is here they are left out."""
-        points = _split(text)
-        if self.runs and points and (len(self.runs) > 1 or self._slot(points[-1]) >= self._slot(self.runs[0])):
-            held = {point for run in self.runs for point in _split(run)}
-            points = [point for point in points if point not in held]  # mostly none is left, and parsing is slow
-            slots = {self._slot(point) for point in held} if points else set()
-            points = [point for point in points if self._slot(point) not in slots]
-        if points:
-            self.runs.insert(0, bytearray(b",".join(points)))
-            self.count += len(points)
-            self._join_runs()
+    def load(self, loaded: Points) -> list[int]:
+        """Add points before all others, but none of a step that is here. Returns the numbers of dropped steps."""
+        points = self._points()
+        self._set({number: point for number, point in loaded.items() if number not in points} | points)
+        return [self._drop_first() for _ in range(self._count - self._span.max_points)]
 
-    def remove(self, slot: int) -> None:
-        """Remove the point of this step, if there is one."""
-        for run in self.runs:
-            begin = _find_later(run, math.nextafter(slot * self._step, -math.inf))
-            if begin < len(run) and self._slot(run, begin) == slot:
-                end = run.index(b"]", begin) + 1
-                del run[max(begin - 1, 0) if end == len(run) else begin : end + 1]
-                self.count -= 1
-        self._join_runs()
+    def _points(self) -> Points:
+        return {int(_time(point) // self._span.step): point for point in _split(self.text)}
 
-    def pop_first(self) -> bytearray:
-        """Remove the point that arrived first."""
-        run = self.runs[0]
-        end = run.index(b"]") + 1
-        point = run[:end]
-        del run[: end + 1]
-        self.count -= 1
-        if not run:
-            self._join_runs()
-        return point
-
-    def copy(self) -> bytes:
-        return b",".join(self.runs)
-
-    def _join_runs(self) -> None:
-        """Join runs whose times rise from one to the next, and note the last step."""
-        runs = [run for run in self.runs if run]
-        self.runs = runs[:1]
-        for run in runs[1:]:
-            before = self.runs[-1]
-            if _time(before, before.rindex(b"[")) < _time(run):
-                before += b"," + run
-            else:
-                self.runs.append(run)
-        self.last = self._slot(runs[-1], runs[-1].rindex(b"[")) if runs else -math.inf
-
-    def _slot(self, text: Text, begin: int = 0) -> int:
-        return step_number(text, self._step, begin)
+    def _drop_first(self) -> int:
+        number = int(_time(self.text) // self._span.step)
+        del self.text[: self.text.index(b"]") + 2]
+        self._count -= 1
+        return number
 
 
 def _time(text: Text, begin: int = 0) -> float:
@@ -350,13 +283,6 @@ def _find_later(text: Text, moment: float) -> int:
         else:
             low = text.index(b"]", begin) + 2
     return low
-
-
-def _find_within(text: Text, oldest: float, newest: float) -> tuple[int, int]:
-    """Begin and end of the points later than `oldest`, up to `newest`; begin >= end when there are none."""
-    begin = 0 if _time(text) > oldest else _find_later(text, oldest)
-    end = len(text) if _time(text, text.rindex(b"[")) <= newest else _find_later(text, newest) - 1
-    return begin, end
 
 
 def _csv_lines(asset: str, text: Text) -> bytes:

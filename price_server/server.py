@@ -293,17 +293,16 @@ class PriceServer(WebsocketServer):
             self._status.source,
             self._status.quote,
             self.assets,
-            loaded=lambda loaded: self._loop.call_soon(lambda: archive.write(self._history.load(loaded))),
+            loaded=lambda *loaded: self._loop.call_soon(lambda: archive.write(self._history.load(*loaded))),
             wall_clock=self._wall_clock,
         )
         archive.start()
 
     def _run_housekeeping(self) -> None:
         if self._archive:
-            report = self._archive.report
-            self._status.history_state = report.state
-            self._status.history_write_errors = report.write_errors
-            self._status.history_last_write = report.last_write
+            self._status.history_state = self._archive.state
+            self._status.history_write_errors = self._archive.write_errors
+            self._status.history_last_write = self._archive.last_write
         self.on_housekeeping()
 
     def _stop_archive(self) -> None:

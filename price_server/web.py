@@ -45,7 +45,7 @@ PATHS = "/, /ws, /stream, /prices, /history, /healthz and /metrics"
 
 class History(Protocol):
     def describe(self) -> list[dict[str, Any]]: ...
-    def answer(self, range_name: str, assets: Sequence[str]) -> list[bytes]: ...
+    def json_pieces(self, range_name: str, assets: Sequence[str]) -> list[bytes]: ...
     def csv(self, range_name: str, assets: Sequence[str]) -> Iterator[bytes]: ...
 
 
@@ -269,7 +269,7 @@ class Site:
         assets = self._requested_assets(request)
         match (request.fields("format") or ["json"])[-1]:
             case "json":
-                return self._send(request, *self.history.answer(range_name, assets))
+                return self._send(request, *self.history.json_pieces(range_name, assets))
             case "csv":
                 name = f"prices-{range_name}-{self.status.quote}.csv"
                 headers = {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from running import ASSETS
 
 from price_server.archive import Archive
-from price_server.history import RANGES, History, Loaded, encode_point
+from price_server.history import RANGES, History, encode_point
 
 NOW = 1_800_000_000.0  # epoch seconds, when the year is over
 INTERVAL = 5.0  # seconds between two polls
@@ -58,11 +58,10 @@ def fill(assets: tuple[str, ...], clock: Clock) -> History:
     made_up = random.Random(1)
     past = History(assets, clock)
     for span in RANGES:
-        texts = {}
+        times = range(int(NOW) - span.seconds, int(NOW) + 1, span.step)
         for asset in assets:
-            times = range(int(NOW) - span.seconds, int(NOW) + 1, span.step)
-            texts[asset] = b",".join(encode_point(at, repr(made_up.uniform(0.1, 100_000))) for at in times)
-        past.load(Loaded(span.step, texts))
+            points = {at // span.step: encode_point(at, repr(made_up.uniform(0.1, 100_000))) for at in times}
+            past.load(span.step, {asset: points})
     return past
 
 
@@ -81,8 +80,8 @@ def measure(past: History, clock: Clock, assets: tuple[str, ...], rounds: int) -
         prices = {asset: repr(made_up.uniform(0.1, 100_000)) for asset in assets}
         timed("a poll, added", partial(past.add, prices, clock.now))
         for span in RANGES:
-            timed(f"{span.name}, after a poll", partial(past.answer, span.name, assets))
-            timed("the same again", partial(past.answer, span.name, assets))
+            timed(f"{span.name}, after a poll", partial(past.json_pieces, span.name, assets))
+            timed("the same again", partial(past.json_pieces, span.name, assets))
         timed("the ranges for /healthz", past.describe)
     return times
 
@@ -91,9 +90,9 @@ def write(past: History, assets: tuple[str, ...]) -> int:
     """The size of a file with all of it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "past.db"
-        archive = Archive(str(file), "coinapi", "USD", assets, loaded=lambda _: None)
+        archive = Archive(str(file), "coinapi", "USD", assets, loaded=lambda *_: None)
         archive.start(30)
         for span in RANGES:
-            archive.write(past.load(Loaded(span.step, {})))
+            archive.write(past.load(span.step, {}))
         archive.stop(60)
         return file.stat().st_size

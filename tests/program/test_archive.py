@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from history_files import NOON, fill, rows
 from running import wait_for
 
-from price_server.archive import Archive, Report
-from price_server.history import History, Loaded
+from price_server.archive import Archive
+from price_server.history import History, Points
 
-NOON = 1_800_000_000.0  # a whole number of every step but the day's
 NAMES = ("1h", "24h", "7d", "30d", "1y")
 connect = sqlite3.connect  # some tests replace it
+Start = Callable[..., "Past"]  # the fixture `past`
+Log = pytest.LogCaptureFixture
 
 
 class Past(Archive):
     """An Archive with its History, and a clock that stands still."""
 
     retry_interval = 0.05
-    locked_interval = 0.02
 
     def __init__(
         self,
@@ -42,10 +43,10 @@ class Past(Archive):
         self.loads = 0
         super().__init__(str(file), source, quote, assets, loaded=self.load, wall_clock=lambda: self.now)
 
-    def load(self, loaded: Loaded) -> None:
+    def load(self, step: int, loaded: dict[str, Points]) -> None:
         with self.owner:
             self.loads += 1
-            self.write(self.history.load(loaded))
+            self.write(self.history.load(step, loaded))
 
     def poll(self, price: str, *assets: str, at: float | None = None) -> None:
         with self.owner:
@@ -58,7 +59,7 @@ class Past(Archive):
 
     def text(self, name: str = "1h") -> str:
         with self.owner:
-            return b"".join(self.history.answer(name, self.assets)).decode()
+            return b"".join(self.history.json_pieces(name, self.assets)).decode()
 
     def points(self, name: str = "1h", asset: str = "BTC") -> list[list[float]]:
         return json.loads(self.text(name))[asset]
@@ -92,24 +93,14 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
-def filled(file: Path, past: Callable[..., Past]) -> Path:
-    """A file with a day of prices in it, of a program that has ended."""
-    history = past(file)
-    for minute in range(0, 1441, 15):
-        history.poll(f"{minute}.5", at=NOON + minute * 60)
-    history.stop(5)
-    return file
-
-
-def rows(file: Path, select: str = "SELECT * FROM points") -> list[tuple[Any, ...]]:
-    with closing(connect(file)) as table:
-        return table.execute(select).fetchall()
+def filled(file: Path) -> Path:
+    return fill(file, ("BTC", "ETH"))
 
 
 # The thread
 
 
-def test_its_thread_has_a_name_and_keeps_no_program_from_ending(past: Callable[..., Past], file: Path) -> None:
+def test_its_thread_has_a_name_and_keeps_no_program_from_ending(past: Start, file: Path) -> None:
     history = past(file)
     thread = next(thread for thread in threading.enumerate() if thread.name == "archive")
     assert thread.daemon
@@ -118,30 +109,10 @@ def test_its_thread_has_a_name_and_keeps_no_program_from_ending(past: Callable[.
     Past(file).stop()  # without having been started
 
 
-def test_it_says_how_the_file_is(
-    past: Callable[..., Past], file: Path, disk: type["Disk"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    history = past(file)
-    assert history.report == Report("ok", 0, 0.0)
-    history.poll("1")
-    history.saved()
-    assert history.report == Report("ok", 0, NOON)
-    monkeypatch.setattr(disk, "error", "disk I/O error")
-    history.poll("2", at=NOON + 10)
-    wait_for(lambda: history.report.write_errors > 1)
-    assert history.report.state == "failing"
-    assert history.report.last_write == NOON
-    monkeypatch.setattr(disk, "error", None)
-    wait_for(lambda: history.report.state == "ok")
-    assert history.report.last_write == NOON + 10
-
-
 # The file
 
 
-def test_the_past_outlives_the_program_and_is_there_before_the_first_poll(
-    past: Callable[..., Past], file: Path
-) -> None:
+def test_the_past_outlives_the_program_and_is_there_before_the_first_poll(past: Start, file: Path) -> None:
     history = past(file)
     history.poll("0.12345678901234567", at=NOON)
     history.poll("2.50", at=NOON + 86000)
@@ -157,20 +128,20 @@ def test_the_past_outlives_the_program_and_is_there_before_the_first_poll(
     assert "0.12345678901234567" in expected["24h"]
 
 
-def test_an_empty_file_is_a_new_one(past: Callable[..., Past], file: Path) -> None:
+def test_an_empty_file_is_a_new_one(past: Start, file: Path) -> None:
     file.touch()
     past(file).poll("1")
     assert past(file.with_name("other.db")).points() == []
 
 
-def test_a_time_of_an_older_file_is_rounded_within_its_step(past: Callable[..., Past], filled: Path) -> None:
+def test_a_time_of_an_older_file_is_rounded_within_its_step(past: Start, filled: Path) -> None:
     with closing(connect(filled)) as table, table:
         table.execute("UPDATE points SET time = 1800000009.9998 WHERE step = 10 AND slot = 180000000")
     assert past(filled).text() == '{"BTC":[],"ETH":[]}'
     assert past(filled, now=NOON + 10).points() == [[NOON + 9.999, 0.5]]
 
 
-def test_other_sources_and_quotes_share_the_file_and_never_mix(past: Callable[..., Past], file: Path) -> None:
+def test_other_sources_and_quotes_share_the_file_and_never_mix(past: Start, file: Path) -> None:
     for number, options in enumerate([{}, {"source": "demo"}, {"quote": "EUR"}]):
         history = past(file, **options)
         assert history.text("1y") == '{"BTC":[],"ETH":[]}'
@@ -182,15 +153,7 @@ def test_other_sources_and_quotes_share_the_file_and_never_mix(past: Callable[..
         history.stop(5)
 
 
-def test_an_asset_that_comes_back_finds_its_past(past: Callable[..., Past], filled: Path) -> None:
-    other = past(filled, assets=("BTC", "SOL"), now=NOON + 86400)
-    other.poll("1")
-    assert other.points("24h", "SOL") == [[NOON + 86400, 1]]
-    other.stop(5)
-    assert len(past(filled, now=NOON + 86400).points("24h", "ETH")) == 96
-
-
-def test_what_memory_let_go_of_leaves_the_file_and_nothing_else(past: Callable[..., Past], file: Path) -> None:
+def test_what_memory_dropped_leaves_the_file_and_nothing_else(past: Start, file: Path) -> None:
     others = ({"source": "demo"}, {"quote": "EUR"}, {"assets": ("DOGE",)})
     for options in others:
         history = past(file, **options)
@@ -209,7 +172,7 @@ def test_what_memory_let_go_of_leaves_the_file_and_nothing_else(past: Callable[.
     assert rows(file, "SELECT count(*) FROM points WHERE price = '1'") == [(2 * 5 * (2 + 2 + 1),)]
 
 
-def test_a_wrong_clock_takes_nothing_out_of_the_file(past: Callable[..., Past], filled: Path) -> None:
+def test_a_wrong_clock_takes_nothing_out_of_the_file(past: Start, filled: Path) -> None:
     before = rows(filled)
     for now in (NOON + 400 * 86400, 63_072_000.0, NOON + 86400):
         history = past(filled, now=now)
@@ -219,9 +182,7 @@ def test_a_wrong_clock_takes_nothing_out_of_the_file(past: Callable[..., Past], 
     assert all(slot == (NOON + 86400) // step for step, slot, *_ in gone), "the last poll took their place"
 
 
-def test_the_file_says_whose_it_is_and_how_it_is_kept(
-    past: Callable[..., Past], filled: Path, disk: type["Disk"]
-) -> None:
+def test_the_file_says_whose_it_is_and_how_it_is_kept(past: Start, filled: Path, disk: type["Disk"]) -> None:
     assert rows(filled, "PRAGMA application_id") == [(0x50525448,)]
     assert (rows(filled, "PRAGMA user_version"), rows(filled, "PRAGMA journal_mode")) == ([(1,)], [("wal",)])
     history = past(filled)
@@ -232,7 +193,7 @@ def test_the_file_says_whose_it_is_and_how_it_is_kept(
 
 
 def test_the_files_beside_it_are_small_again_once_another_program_has_read(
-    past: Callable[..., Past], file: Path, monkeypatch: pytest.MonkeyPatch
+    past: Start, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("price_server.archive.MAX_WAL", 200_000)
     history = past(file)
@@ -247,35 +208,28 @@ def test_the_files_beside_it_are_small_again_once_another_program_has_read(
             number += 1
             history.poll("2", at=NOON + number * 300)
             history.saved()
-        time.sleep(0.3)  # it is tried in vain
         assert wal.stat().st_size >= 400_000
-        assert history.report.state == "ok"
-    wait_for(lambda: wal.stat().st_size == 0)
-    assert history.report.write_errors == 0
+        assert history.state == "ok"
+    history.poll("2", at=history.now + 300)
+    wait_for(lambda: wal.stat().st_size < 200_000)
+    assert history.write_errors == 0
 
 
-def test_a_link_may_stand_where_nothing_may_be_written(
-    past: Callable[..., Past], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    links, real = tmp_path / "links", tmp_path / "real"
-    links.mkdir()
-    real.mkdir()
-    (links / "past.db").symlink_to(real / "past.db")
-    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != os.path.realpath(links))
-    past(links / "past.db").poll("1")
-    wait_for(lambda: len(rows(real / "past.db")) == 10)
-    assert os.listdir(links) == ["past.db"]
-
-
-def test_a_name_with_signs_that_mean_something_in_an_address(past: Callable[..., Past], tmp_path: Path) -> None:
-    for _ in range(2):
-        history = past(tmp_path / "50%20 ?mode=memory#ä.db")
+def test_a_link_may_be_where_none_may_write(past: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, real = tmp_path / "links" / "past.db", tmp_path / "real" / "50%20 ?mode=memory#ä.db"  # signs of an address
+    for file in (link, real):
+        file.parent.mkdir()
+    link.symlink_to(real)
+    monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != os.path.realpath(link.parent))
+    for number in range(2):
+        history = past(link, now=NOON + number)
+        assert len(history.points()) == number
         history.poll("1")
         history.stop(5)
-    assert os.listdir(tmp_path) == ["50%20 ?mode=memory#ä.db"]
+    assert (os.listdir(link.parent), os.listdir(real.parent)) == (["past.db"], [real.name])
 
 
-def test_a_first_start_that_was_cut_short_is_finished(past: Callable[..., Past], filled: Path, tmp_path: Path) -> None:
+def test_a_first_start_that_was_cut_short_is_finished(past: Start, filled: Path, tmp_path: Path) -> None:
     """A journal lies beside the file: what of it is undone needs writing, and is no damage."""
     cut = tmp_path / "cut"
     cut.mkdir()
@@ -308,9 +262,9 @@ def recovered(caplog: pytest.LogCaptureFixture, file: Path) -> bool:
 class Disk(sqlite3.Connection):
     """A connection whose file can be made to hang, to be full or to fail."""
 
-    gate = threading.Event()
-    error: str | None = None
-    fails_at = ""  # how the statement begins
+    gate: threading.Event
+    error: str | None
+    fails_at: str  # how the statement begins
     executed: list[str]
     opened: int
 
@@ -334,19 +288,18 @@ class Disk(sqlite3.Connection):
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Disk]]:
-    monkeypatch.setattr(sqlite3, "connect", lambda name, **options: connect(name, factory=Disk, **options))
-    for name, value in {"gate": threading.Event(), "executed": [], "opened": 0}.items():
-        monkeypatch.setattr(Disk, name, value, raising=False)
+    Disk.gate, Disk.error, Disk.fails_at, Disk.executed, Disk.opened = threading.Event(), None, "", [], 0
     Disk.gate.set()
+    monkeypatch.setattr(sqlite3, "connect", lambda name, **options: connect(name, factory=Disk, **options))
     yield Disk
+    Disk.error = None
     Disk.gate.set()
 
 
 def test_a_lock_of_another_program_costs_one_warning_and_no_point(
-    past: Callable[..., Past], file: Path, disk: type[Disk], log: pytest.LogCaptureFixture
+    past: Start, file: Path, disk: type[Disk], log: Log
 ) -> None:
     history = past(file)
-    history.retry_interval = 60.0  # that is for other trouble
     opened = disk.opened
     with closing(connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -363,13 +316,13 @@ def test_a_lock_of_another_program_costs_one_warning_and_no_point(
     assert len(warnings(log)) == 1
 
 
-def test_a_file_that_another_program_writes_to_is_read_at_the_start(past: Callable[..., Past], filled: Path) -> None:
+def test_a_file_that_another_program_writes_to_is_read_at_the_start(past: Start, filled: Path) -> None:
     with closing(connect(filled, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert len(past(filled, now=NOON + 86400).points("24h")) == 96
 
 
-def test_a_locked_file_is_waited_for_at_the_start(past: Callable[..., Past], filled: Path) -> None:
+def test_a_locked_file_is_waited_for_at_the_start(past: Start, filled: Path) -> None:
     other = connect(filled, isolation_level=None, check_same_thread=False)
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
@@ -377,9 +330,7 @@ def test_a_locked_file_is_waited_for_at_the_start(past: Callable[..., Past], fil
     assert len(past(filled, now=NOON + 86400).points("24h")) == 96
 
 
-def test_a_file_that_stays_locked_is_opened_when_it_can_be(
-    past: Callable[..., Past], filled: Path, log: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_stays_locked_is_opened_when_it_can_be(past: Start, filled: Path, log: Log) -> None:
     with closing(connect(filled, isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
@@ -394,43 +345,42 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
 
 
-def test_a_full_disk_costs_one_warning_and_no_point(
-    past: Callable[..., Past],
-    file: Path,
-    disk: type[Disk],
-    log: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("error", "opened_again"), [("database or disk is full", 0), ("disk I/O error", 1)])
+def test_a_disk_that_takes_nothing_costs_one_warning_and_no_point(
+    past: Start, file: Path, disk: type[Disk], log: Log, error: str, opened_again: bool
 ) -> None:
     history = past(file)
     opened = disk.opened
-    monkeypatch.setattr(disk, "error", "database or disk is full")
-    for number in range(100):
+    assert (history.state, history.write_errors, history.last_write) == ("ok", 0, 0.0)
+    history.poll("0")
+    history.saved()
+    disk.error = error
+    for number in range(1, 100):
         history.poll(str(number), at=NOON + number * 10)
         assert history.points()[-1] == [NOON + number * 10, number]
-    wait_for(lambda: history.report.write_errors > 2, what="some tries")
-    assert warnings(log) == warning(file, ": database or disk is full")
-    assert not recovered(log, file)
-    monkeypatch.setattr(disk, "error", None)
+    wait_for(lambda: history.write_errors > 2, what="some tries")
+    assert warnings(log) == warning(file, f": {error}")
+    assert (history.state, history.last_write) == ("failing", NOON)
+    assert history.loads == 5, "it is not read again with each try"
+    disk.error = None
     wait_for(lambda: recovered(log, file))
-    assert disk.opened == opened
+    assert (history.state, history.last_write) == ("ok", NOON + 990)
+    assert len(warnings(log)) == 1
+    assert (disk.opened > opened) == opened_again
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 200
 
 
 def test_after_a_disk_that_took_nothing_for_hours_the_file_has_what_memory_has(
-    past: Callable[..., Past],
-    file: Path,
-    disk: type[Disk],
-    log: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    past: Start, file: Path, disk: type[Disk], log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("price_server.archive.MAX_WAITING", 1)  # so that 100 polls wait, and no more
     history = past(file, ("BTC",))
     history.poll("0.5")
     history.saved()
-    monkeypatch.setattr(disk, "error", "database or disk is full")
+    disk.error = "database or disk is full"
     for number in range(1, 400):
         history.poll(str(number), at=NOON + number * 10)
-    monkeypatch.setattr(disk, "error", None)
+    disk.error = None
     wait_for(lambda: recovered(log, file))
     expected = {name: history.text(name) for name in NAMES}
     history.stop(5)
@@ -439,110 +389,70 @@ def test_after_a_disk_that_took_nothing_for_hours_the_file_has_what_memory_has(
     assert len(rows(file, "SELECT * FROM points WHERE step = 10")) == 361
 
 
-def test_a_disk_that_fails_costs_one_warning_and_no_point(
-    past: Callable[..., Past],
-    file: Path,
-    disk: type[Disk],
-    log: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    history = past(file)
-    history.locked_interval = 60.0  # that is for a lock
-    history.poll("1", at=NOON)
-    history.saved()
-    monkeypatch.setattr(disk, "error", "disk I/O error")
-    history.poll("2", at=NOON + 10)
-    wait_for(lambda: history.report.write_errors > 2, what="some tries")
-    assert warnings(log) == warning(file, ": disk I/O error")
-    assert history.loads == 5, "it is not read again with each try"
-    history.poll("3", at=NOON + 20)
-    assert history.points() == [[NOON, 1], [NOON + 10, 2], [NOON + 20, 3]]
-    monkeypatch.setattr(disk, "error", None)
-    wait_for(lambda: recovered(log, file))
-    assert len(warnings(log)) == 1
-    assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",), ("3",)]
-
-
-def test_a_poll_is_written_whole_or_not_at_all(
-    past: Callable[..., Past], file: Path, disk: type[Disk], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_poll_is_written_whole_or_not_at_all(past: Start, file: Path, disk: type[Disk]) -> None:
     history = past(file, ("BTC",))
     for number in range(361):
         history.poll("1", at=NOON + number * 10)
     history.saved()
     before = rows(file)
     history.retry_interval = 60.0
-    monkeypatch.setattr(disk, "error", "disk I/O error")
-    monkeypatch.setattr(disk, "fails_at", "DELETE")  # after the poll's points
+    disk.error = "disk I/O error"
+    disk.fails_at = "DELETE"  # after the poll's points
     history.poll("2", at=NOON + 3610)
-    wait_for(lambda: history.report.write_errors)
+    wait_for(lambda: history.write_errors)
     assert rows(file) == before
 
 
-def test_a_file_that_was_deleted_is_made_anew_with_what_is_known(
-    past: Callable[..., Past], filled: Path, log: pytest.LogCaptureFixture
+def test_a_file_that_was_deleted_is_made_again_when_it_may_be(
+    past: Start, filled: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history = past(filled, now=NOON + 86400)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    history.poll("6", at=NOON + 86401)
+    history.saved()
+    assert warnings(log) == [], "what is open stays open"
     known = len(rows(filled))
     filled.unlink()
-    history.poll("7", at=NOON + 86401)
-    wait_for(lambda: recovered(log, filled))
+    history.poll("7", at=NOON + 86402)
+    wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(filled, ": No such file or directory")
-    history.stop(5)
+    assert not filled.exists()
+    monkeypatch.undo()
+    wait_for(lambda: recovered(log, filled))
     assert len(rows(filled)) == known
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
 
 
-def test_a_file_that_was_replaced_is_gone_on_with_and_keeps_what_is_in_it(
-    past: Callable[..., Past], filled: Path, log: pytest.LogCaptureFixture
-) -> None:
-    other = past(filled.with_name("other.db"), source="other")
+def test_a_file_that_was_replaced_is_gone_on_with_and_what_memory_has_wins(past: Start, filled: Path, log: Log) -> None:
+    replacement = shutil.copy(filled, filled.with_name("other.db"))
+    other = past(replacement, source="other")
     for number in range(500):
         other.poll(f"{number}", at=NOON + number * 10)
     other.stop(5)
     history = past(filled, now=NOON + 86400)
     for number in range(50):  # they stand in FILE-wal, which must not be taken for changes of the other file
-        history.poll(str(number), at=NOON + 86400 + number * 10)
+        history.poll(str(number), at=NOON + 86400 + number * 10)  # the first in the same steps as the last in the copy
     history.saved()
     expected = history.text("24h")
-    filled.with_name("other.db").rename(filled)
+    os.replace(replacement, filled)
     history.poll("49", at=history.now)
     wait_for(lambda: recovered(log, filled))
     assert warnings(log) == warning(filled, " was replaced")
+    assert history.text("24h") == expected
     history.stop(5)
     assert rows(filled, "PRAGMA integrity_check") == [("ok",)]
     assert past(filled, now=history.now).text("24h") == expected
     assert len(past(filled, now=history.now, source="other").points("24h")) == 16
 
 
-def test_a_file_that_was_replaced_takes_no_newer_price_back(
-    past: Callable[..., Past], file: Path, log: pytest.LogCaptureFixture
-) -> None:
-    history = past(file)
-    history.poll("1")
-    history.stop(5)
-    copy = shutil.copy(file, file.with_name("copy.db"))
-    history = past(file)
-    history.poll("2", at=NOON + 5)  # in the same step as the one in the copy
-    history.saved()
-    os.replace(copy, file)
-    history.poll("3", at=NOON + 10)
-    wait_for(lambda: recovered(log, file))
-    assert history.points() == [[NOON + 5, 2], [NOON + 10, 3]]
-    history.stop(5)
-    assert past(file, now=NOON + 10).points() == [[NOON + 5, 2], [NOON + 10, 3]]
-
-
-def test_a_file_that_was_replaced_by_a_stranger_is_left_alone_and_the_past_stays(
-    past: Callable[..., Past], file: Path, log: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_replaced_by_a_stranger_is_left_alone_and_the_past_stays(past: Start, file: Path, log: Log) -> None:
     history = past(file)
     history.poll("1")
     history.saved()
     file.unlink()
     file.write_text("a stranger's text")
     history.poll("2", at=NOON + 10)
-    wait_for(lambda: history.report.write_errors > 2, what="some tries")
+    wait_for(lambda: history.write_errors > 2, what="some tries")
     assert len(warnings(log)) == 1
     assert file.read_text() == "a stranger's text"
     assert history.points() == [[NOON, 1], [NOON + 10, 2]]
@@ -551,9 +461,7 @@ def test_a_file_that_was_replaced_by_a_stranger_is_left_alone_and_the_past_stays
     assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",)]
 
 
-def test_a_disk_that_hangs_keeps_nobody_waiting(
-    past: Callable[..., Past], file: Path, disk: type[Disk], log: pytest.LogCaptureFixture
-) -> None:
+def test_a_disk_that_hangs_keeps_nobody_waiting(past: Start, file: Path, disk: type[Disk], log: Log) -> None:
     history = past(file)
     disk.gate.clear()
     begin = time.monotonic()
@@ -568,9 +476,7 @@ def test_a_disk_that_hangs_keeps_nobody_waiting(
     assert max(rows(file, "SELECT time FROM points")) == (NOON + 9990,)
 
 
-def test_a_refusal_that_comes_late_is_a_warning(
-    past: Callable[..., Past], file: Path, disk: type[Disk], log: pytest.LogCaptureFixture
-) -> None:
+def test_a_refusal_that_comes_late_is_a_warning(past: Start, file: Path, disk: type[Disk], log: Log) -> None:
     disk.gate.clear()
     history = past(file, wait=0.1)
     file.write_text("a stranger's text")
@@ -581,19 +487,13 @@ def test_a_refusal_that_comes_late_is_a_warning(
     assert file.read_text() == "a stranger's text"
 
 
-def test_a_stop_writes_what_is_left_even_in_trouble(
-    past: Callable[..., Past],
-    file: Path,
-    disk: type[Disk],
-    log: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_stop_writes_what_is_left_even_in_trouble(past: Start, file: Path, disk: type[Disk], log: Log) -> None:
     history = past(file)
     history.retry_interval = 60.0
-    monkeypatch.setattr(disk, "error", "disk I/O error")
+    disk.error = "disk I/O error"
     history.poll("1")
-    wait_for(lambda: history.report.write_errors)
-    monkeypatch.setattr(disk, "error", None)
+    wait_for(lambda: history.write_errors)
+    disk.error = None
     history.poll("2", at=NOON + 10)
     assert rows(file) == []  # it is not time yet to try again
     history.stop(5)

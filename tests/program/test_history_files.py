@@ -1,6 +1,5 @@
 """A tracker with `--history FILE`, and what can befall the file: kills, company, trouble of the disk, visitors."""
 
-import ctypes
 import json
 import multiprocessing
 import os
@@ -19,16 +18,16 @@ from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
+from history_files import fill, rows, start_archive
 from running import ASSETS, ROOT, Tracker, wait_for
 from stand_in import KEY, StandIn
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from price_server.archive import Archive, ArchiveError
+from price_server.archive import ArchiveError
 from price_server.history import RANGES, History
 
 NAMES = [span.name for span in RANGES]
@@ -93,25 +92,9 @@ def track(file: Path, coin_api: StandIn) -> Iterator[Callable[..., Tracker]]:
         tracker.__exit__()
 
 
-def start(file: Path) -> Archive:
-    archive = Archive(str(file), "coinapi", "USD", ASSETS, loaded=lambda _: None)
-    archive.start(5)
-    return archive
-
-
 @pytest.fixture
 def filled(file: Path) -> Path:
-    """A file with a day of prices in it, of a program that has ended."""
-    archive, past = start(file), History(ASSETS)
-    for minute in range(0, 1441, 15):
-        archive.write(past.add(dict.fromkeys(ASSETS, f"{minute}.5"), 1_800_000_000.0 + minute * 60))
-    archive.stop(5)
-    return file
-
-
-def rows(file: Path, select: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(file)) as table:
-        return table.execute(select).fetchall()
+    return fill(file, ASSETS)
 
 
 def history(tracker: Tracker, name: str = "1h") -> dict[str, list[list[float]]]:
@@ -174,7 +157,7 @@ def test_a_program_that_is_killed_loses_at_most_the_poll_under_way(file: Path, t
 
 def test_charts_are_there_before_the_first_poll(file: Path) -> None:
     now = time.time()
-    past = start(file)
+    past = start_archive(file, ASSETS)
     past.write(History(ASSETS).add(dict.fromkeys(ASSETS, "1.50"), now - 1))
     past.stop(5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # CoinAPI, which does not answer
@@ -203,9 +186,8 @@ def test_two_trackers_with_one_file_both_go_on(file: Path, track: Callable[..., 
 def _start_first(name: str, directory: Path, together: Barrier, count: int) -> None:
     for number in range(count):
         file = directory / f"{number}.db"
-        past = Archive(str(file), "coinapi", "USD", (name,), loaded=lambda _: None)
         together.wait(30)
-        past.start(20)  # a refusal would end this process with status 1
+        past = start_archive(file, (name,))  # a refusal would end this process with status 1
         past.write(History((name,)).add({name: "1"}, time.time()))
         wait_for(lambda: (name,) in rows(file, "SELECT asset FROM points"), 20)  # noqa: B023
         past.stop(5)
@@ -232,6 +214,17 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+def refusal(file: Path) -> str:
+    """What is wrong with a file, which stays as it was."""
+    before = snapshot(file.parent)
+    with pytest.raises(ArchiveError) as refused:
+        start_archive(file, ASSETS)
+    assert snapshot(file.parent) == before
+    found = re.fullmatch(rf"history file '{re.escape(str(file))}' (.*), or name another file", str(refused.value))
+    assert found, refused.value
+    return found[1]
+
+
 def _stranger(path: Path, *statements: str) -> None:
     with closing(sqlite3.connect(path)) as database:
         for statement in ("CREATE TABLE theirs (x)", "INSERT INTO theirs VALUES (1)", *statements):
@@ -241,9 +234,8 @@ def _stranger(path: Path, *statements: str) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory": (lambda path: path.mkdir(), "is a directory: name a file in it"),
-    "a pipe": (lambda path: os.mkfifo(path), "is no regular file: remove it"),
-    "a text": (lambda path: path.write_text("BTC,45000\n" * 1000), "is no SQLite database: move it away"),
-    "one byte": (lambda path: path.write_text("x"), "is no SQLite database: move it away"),
+    "a pipe": (lambda path: os.mkfifo(path), "is not a regular file: remove it"),
+    "a text": (lambda path: path.write_text("BTC,45000\n" * 1000), "is not a SQLite database: move it away"),
     "a stranger's": (_stranger, "is a database of another program: move it away"),
     "a stranger's in WAL mode": (
         lambda path: _stranger(path, "PRAGMA journal_mode = WAL"),
@@ -264,19 +256,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_file_that_is_refused_stays_as_it_was(kind: str, file: Path) -> None:
     make, complaint = REFUSED[kind]
     make(file)
-    before = snapshot(file.parent)
-    with pytest.raises(ArchiveError) as refusal:
-        start(file)
-    assert str(refusal.value) == f"history file '{file}' {complaint}, or name another file"
-    assert "\n" not in str(refusal.value)
-    assert snapshot(file.parent) == before
+    assert refusal(file) == complaint
     wait_for(lambda: not any(thread.name == "archive" for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize(
     ("kept", "how"),
     [
-        (17, ""),
         (99, ""),
         (100, " (cut off)"),
         (8192, " (database disk image is malformed)"),
@@ -286,13 +272,7 @@ def test_a_file_that_is_refused_stays_as_it_was(kind: str, file: Path) -> None:
 )
 def test_a_file_that_was_cut_is_refused_and_stays_as_it_was(filled: Path, kept: int, how: str) -> None:
     filled.write_bytes(filled.read_bytes()[:kept])
-    before = snapshot(filled.parent)
-    with pytest.raises(ArchiveError) as refusal:
-        start(filled)
-    assert str(refusal.value) == (
-        f"history file '{filled}' is damaged{how}: put a copy in its place, or name another file"
-    )
-    assert snapshot(filled.parent) == before
+    assert refusal(filled) == f"is damaged{how}: put a copy in its place"
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])  # with files beside it while it is looked at, and without
@@ -301,16 +281,13 @@ def test_a_file_whose_content_was_changed_is_refused_and_stays_as_it_was(filled:
     content = bytearray(filled.read_bytes())
     content[8192:8292] = b"x" * 100
     filled.write_bytes(content)
-    before = snapshot(filled.parent)
-    with pytest.raises(ArchiveError, match=r"^history file '\S+past.db' is damaged \(.*[Pp]age 3: .*\): put a copy"):
-        start(filled)
-    assert snapshot(filled.parent) == before
+    assert re.fullmatch(r"is damaged \(.*[Pp]age 3: .*\): put a copy in its place", refusal(filled))
 
 
 def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchiveError) as refusal:
-        start(tmp_path / "no" / "past.db")
-    assert str(refusal.value) == (
+    with pytest.raises(ArchiveError) as refused:
+        start_archive(tmp_path / "no" / "past.db", ASSETS)
+    assert str(refused.value) == (
         f"history file '{tmp_path}/no/past.db' is in a directory that does not exist: make '{tmp_path}/no', "
         "or name another file"
     )
@@ -331,56 +308,17 @@ def test_what_may_not_be_written_is_refused(
 ) -> None:
     path = os.path.join(os.path.realpath(filled.parent), name).rstrip("/")
     monkeypatch.setattr(os, "access", lambda asked, mode: str(asked) != path or not mode & denied)
-    before = snapshot(filled.parent)
-    with pytest.raises(ArchiveError) as refusal:
-        start(filled)
-    assert str(refusal.value) == f"history file '{filled}' {complaint.format(path)}, or name another file"
-    assert snapshot(filled.parent) == before
-
-
-def obey_permissions() -> None:
-    """In a new process: permissions count for root too."""
-    if os.geteuid() == 0:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
-
-def refused(file: Path) -> str:
-    """The one line with which the tracker ends."""
-    command = [sys.executable, str(ROOT / "tracker.py"), "--port", "0", "--demo", "--history", str(file)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, preexec_fn=obey_permissions)
-    lines = ended.stderr.splitlines()
-    assert ended.returncode == 2
-    assert len(lines) == 1
-    return lines[0]
+    assert refusal(filled) == complaint.format(path)
 
 
 def test_a_file_that_cannot_be_used_is_wrong_usage(tmp_path: Path, file: Path) -> None:
-    assert refused(tmp_path).endswith(
-        f"history file '{tmp_path}' is a directory: name a file in it, or name another file"
-    )
     file.write_text("notes of mine\n")
-    assert "is no SQLite database: move it away, or name another file" in refused(file)
+    command = [sys.executable, str(ROOT / "tracker.py"), "--port", "0", "--demo", "--history", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith(f"history file '{file}' is not a SQLite database: move it away, or name another file")
     assert file.read_text() == "notes of mine\n"
-    assert os.listdir(tmp_path) == ["past.db"]
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX permissions here")
-def test_what_this_user_may_not_write_is_wrong_usage(tmp_path: Path, file: Path) -> None:
-    start(file).stop(5)
-    content = file.read_bytes()
-    try:
-        for path, mode, complaint in (
-            (file, 0o400, "must be readable and writable: change its permissions, or name another file"),
-            (file, 0o200, "must be readable and writable: change its permissions, or name another file"),
-            (tmp_path, 0o500, f"gets files beside it: make '{tmp_path}' writable, or name another file"),
-        ):
-            path.chmod(mode)
-            assert refused(file).endswith(f"history file '{file}' {complaint}")
-            path.chmod(0o700)
-    finally:
-        tmp_path.chmod(0o700)
-    assert file.read_bytes() == content
     assert os.listdir(tmp_path) == ["past.db"]
 
 
@@ -410,42 +348,6 @@ def test_a_full_disk_costs_the_clients_nothing(file: Path, track: Callable[..., 
     assert has_last(file, client)
 
 
-RESTRICTED = """
-import ctypes, os, sys
-for capability in (1, 2):
-    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
-os.execv(sys.executable, [sys.executable, {tracker!r}, *sys.argv[1:]])
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="root obeys permissions only on Linux")
-def test_a_directory_that_is_made_read_only_costs_the_clients_nothing(
-    file: Path, tmp_path: Path, track: Callable[..., Tracker]
-) -> None:
-    program = tmp_path / "restricted.py"
-    program.write_text(RESTRICTED.format(tracker=str(ROOT / "tracker.py")))
-    tracker = track(str(program))
-    client = Honest(tracker)
-    client.wait_for_polls(3)
-    try:
-        tmp_path.chmod(0o500)
-        client.wait_for_polls(5)
-        assert warnings(tracker) == []  # what is open stays open
-        tmp_path.chmod(0o700)
-        file.unlink()
-        tmp_path.chmod(0o500)
-        tracker.wait_for_log(BEHIND)
-        client.wait_for_polls(15)
-        assert is_current(tracker, client)
-        assert not file.exists()
-    finally:
-        tmp_path.chmod(0o700)
-    tracker.wait_for_log(AGAIN)
-    assert len(warnings(tracker)) == 1
-    assert client.missed_nothing()
-    assert stops_in_time(tracker)
-
-
 HANGING = """
 import pathlib, sqlite3, sys, time
 sys.path.insert(0, {root!r})
@@ -468,46 +370,21 @@ sys.exit(tracker.main())
 """
 
 
-@pytest.fixture
-def hanging(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A program that is a tracker whose disk hangs while a file is there: the program and the file."""
+def test_a_disk_that_hangs_costs_the_clients_nothing(file: Path, tmp_path: Path, track: Callable[..., Tracker]) -> None:
     program, hangs = tmp_path / "hanging.py", tmp_path / "hangs"
     program.write_text(HANGING.format(root=str(ROOT), hangs=str(hangs)))
-    yield program, hangs
-    hangs.unlink(missing_ok=True)
-
-
-def test_a_disk_that_hangs_costs_the_clients_nothing(
-    file: Path, track: Callable[..., Tracker], hanging: tuple[Path, Path]
-) -> None:
-    program, hangs = hanging
-    tracker = track(str(program))
-    client = Honest(tracker)
-    client.wait_for_polls(3)
-    hangs.touch()
-    client.wait_for_polls(10)
-    assert is_current(tracker, client)
-    assert requests.get(f"{tracker.http}/healthz", timeout=1).json()["status"] == "ok"
-    hangs.unlink()
-    client.wait_for_polls(3)
-    hangs.touch()
-    client.wait_for_polls(3)
-    assert client.missed_nothing()
-    assert stops_in_time(tracker)
-
-
-def test_a_disk_that_hangs_at_the_start_is_gone_on_without(
-    file: Path, track: Callable[..., Tracker], hanging: tuple[Path, Path]
-) -> None:
-    program, hangs = hanging
     hangs.touch()
     tracker = track(str(program))
     client = Honest(tracker)
     client.wait_for_polls(3)
     assert f"{BEHIND}: history file '{file}' does not answer" in warnings(tracker)[0]
+    assert requests.get(f"{tracker.http}/healthz", timeout=1).json()["status"] == "ok"
     hangs.unlink()
     tracker.wait_for_log(AGAIN)
+    wait_for(partial(is_saved, file, client), what="its price in the file")
+    hangs.touch()
+    client.wait_for_polls(10)
     assert is_current(tracker, client)
     assert len(warnings(tracker)) == 1
+    assert client.missed_nothing()
     assert stops_in_time(tracker)
-    assert has_last(file, client)

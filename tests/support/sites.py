@@ -25,7 +25,7 @@ class Past:
     def describe(self) -> list[dict[str, Any]]:
         return [{"name": name, "seconds": 1, "step": 1, "since": None} for name in RANGES]
 
-    def answer(self, range_name: str, assets: Sequence[str]) -> list[bytes]:
+    def json_pieces(self, range_name: str, assets: Sequence[str]) -> list[bytes]:
         return [b"{", json.dumps(range_name).encode(), b":", json.dumps(assets).encode(), b"}"]
 
     def csv(self, range_name: str, assets: Sequence[str]) -> Iterator[bytes]:
