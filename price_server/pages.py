@@ -38,6 +38,7 @@ TYPES = {  # Python's `mimetypes` reads the registry on Windows, where .js may b
     ".webp": "image/webp",
     ".woff2": "font/woff2",
 }
+PATH = re.compile(r"(/[^./\\:\0][^/\\:\0]*)+")  # of names, on any system, that do not begin with a dot
 UNKNOWN_TYPE = "application/octet-stream"
 COMPRESSED_TYPES = re.compile(r"text/.*|application/(manifest\+)?json|image/svg\+xml")
 MAX_FILE = 4 << 20  # bytes; a larger file is not served: reading it would delay every client
@@ -75,27 +76,26 @@ class Pages:
     def find(self, path: str, accept_encoding: str = "") -> PageFile | None:
         """The file for the decoded path of a URL, or None where there is none that can be served."""
         try:
-            file = self._locate(path)
-            cached = self._load(file) if file else None
-        except (OSError, ValueError):  # ValueError: a character that no file name can have
+            cached = self._load(self._locate(path))
+        except (OSError, ValueError):  # ValueError: also a character that no file name can have
             return None
-        if cached and cached.compressed and accepts_gzip(accept_encoding):
-            return cached.compressed
-        return cached.plain if cached else None
+        return cached.compressed if cached.compressed and accepts_gzip(accept_encoding) else cached.plain
 
-    def _locate(self, path: str) -> str | None:
+    def _locate(self, path: str) -> str:
         """The file inside the folder, links followed. Raises OSError or ValueError when there is none."""
-        names = ["index.html"] if path == "/" else path.split("/")[1:]
-        if not path.startswith("/") or not all(map(_is_plain_name, names)):
-            return None
+        if path == "/":
+            path = "/index.html"
+        if not PATH.fullmatch(path):
+            raise ValueError("not a path of the page")
         folder = os.path.realpath(self.folder, strict=True)
-        file = os.path.realpath(os.path.join(folder, *names), strict=True)
-        return file if Path(file).is_relative_to(folder) else None
+        file = os.path.realpath(os.path.join(folder, path[1:]), strict=True)
+        Path(file).relative_to(folder)  # raises ValueError for a file outside
+        return file
 
-    def _load(self, file: str) -> Cached | None:
+    def _load(self, file: str) -> Cached:
         facts = os.stat(file)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE:
-            return None
+            raise ValueError("not a file that can be served")
         version = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         cached = self._cache.get(file)
         if cached is None or cached.version != version:
@@ -113,11 +113,6 @@ def accepts_gzip(accept_encoding: str) -> bool:
         weights[coding.strip()] = weight.replace(" ", "").replace("\t", "")
     weight = weights.get("gzip", weights.get("x-gzip", weights.get("*", "q=0")))
     return not re.fullmatch(r"q=0(\.0*)?", weight)
-
-
-def _is_plain_name(name: str) -> bool:
-    """Whether this is the name of a file or folder that may be served, on any system."""
-    return not (name == "" or name.startswith(".") or re.search(r"[\\/:\0]", name))
 
 
 def _read(file: str) -> tuple[PageFile, PageFile | None]:

@@ -15,10 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from raw import request as upgrade
-from sites import ALL, Past, client, get, make_site, poll, read, send
+from sites import ALL, client, get, make_site, poll, read, send
 
-from price_server.prices import Prices
-from price_server.status import Status
 from price_server.web import NewClient, Response, Site, find_end
 
 BTC = '{"asset_id":"BTC","price":45000.0,"time":"2026-11-22T07:44:05.1234567Z"}'
@@ -213,8 +211,7 @@ def test_a_query_has_at_most_8_kib_and_100_fields(priced: Site, target: str) -> 
 
 def test_400_assets_fit_into_a_query(folder: Path) -> None:
     assets = tuple(f"ASSET{number:03}" for number in range(400))
-    prices = Prices(assets)
-    site = Site(prices, Past(), Status(prices, Past()), folder=folder)
+    site = make_site(folder, assets=assets)
     for comma in (",", "%2C"):
         assert client(site, upgrade(f"/ws?assets={comma.join(reversed(assets))}")).assets == assets
 
