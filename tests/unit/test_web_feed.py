@@ -191,14 +191,11 @@ def test_an_origin_never_becomes_two_headers_of_the_response(narrowed: Site, end
     assert "X-More" not in response.headers
 
 
-@pytest.mark.parametrize(
-    "head", [b"\r\n", b"garbage\r\n\r\n", b"GET / HTTP/9.9\r\nOrigin: https://example.org\r\n\r\n"]
-)
-def test_garbage_has_no_origin(narrowed: Site, head: bytes) -> None:
-    response = send(narrowed, head)
-    assert response.status in (400, 505)
-    assert response.headers["Vary"] == "Origin"
-    assert "Access-Control-Allow-Origin" not in response.headers
+def test_garbage_has_no_origin(narrowed: Site) -> None:
+    for head in (b"garbage\r\n\r\n", b"GET / HTTP/9.9\r\nOrigin: https://example.org\r\n\r\n"):
+        response = send(narrowed, head)
+        assert (response.status in (400, 505), response.headers["Vary"]) == (True, "Origin")
+        assert "Access-Control-Allow-Origin" not in response.headers
 
 
 def test_what_is_no_browser_sends_no_origin_and_may_read(narrowed: Site) -> None:
