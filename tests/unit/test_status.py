@@ -1,6 +1,7 @@
 """status: what /healthz and /metrics say of a server."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def test_health_has_exactly_these_fields(status: Status, clock: Clock) -> None:
 def test_health_tells_how_the_server_was_started() -> None:
     options = {"quote": "EUR", "source": "demo", "max_clients": 7, "pause_when_idle": True}
     health = make("ADA", interval=30.0, **options).health()
-    expected = options | {"assets": ("ADA",), "interval_seconds": 30.0, "stale_after_seconds": 90.0}
+    expected = options | {"assets": ("ADA",), "interval_seconds": 30.0, "stale_after_seconds": 90.0, "last_error": None}
     assert {name: health[name] for name in expected} == expected
 
 
@@ -129,7 +130,7 @@ def test_a_machine_that_slept_finds_its_prices_as_old_as_they_are(monkeypatch: p
 def samples(status: Status) -> Iterator[tuple[str, float]]:
     """Every sample, as Prometheus' own parser reads it."""
     for family in text_string_to_metric_families(status.metrics()):
-        assert family.documentation
+        assert re.fullmatch(r"[A-Z1].*[a-z].*\.", family.documentation), "is a sentence"
         for sample in family.samples:
             assert (family.type == "counter") == sample.name.endswith("_total")
             labels = "".join(f" {label}={value}" for label, value in sample.labels.items())
@@ -297,9 +298,19 @@ def test_the_process_is_described_as_the_official_client_libraries_do(status: St
     assert got["process_start_time_seconds"] == START
 
 
+def test_the_limit_of_open_files_is_the_soft_one_if_there_is_one(
+    status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for soft, told in ((0, 0), (100, 100), (-1, None)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, soft=soft: (soft, 200))
+        assert dict(samples(status)).get("process_max_fds") == told
+
+
 def test_many_connections_are_counted_without_listing_them(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = [str(number) for number in range(160)]
     monkeypatch.setattr(status_module.os, "listdir", lambda path: listed)
+    status.clients["websocket"], status.visitors = 8_000, 20
+    assert dict(samples(status))["process_open_fds"] == 8_032  # 12 others, until they were listed
     status.clients["websocket"], status.visitors = 140, 9
     assert dict(samples(status))["process_open_fds"] == 159  # the listing itself was open too: 10 others
     listed = []
