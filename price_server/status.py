@@ -234,12 +234,8 @@ def metric(name: str, text: str, samples: Samples, kind: str = "gauge") -> str:
 
 def by(label: str, numbers: Mapping[Any, float | None], **more: str) -> Samples:
     """Samples that differ in one label, whose values `numbers` is keyed by; `more` labels are the same for all."""
-    samples: dict[str, float | None] = {}
-    for key, number in numbers.items():
-        labels = {label: str(key)} | more
-        fields = [f'{name}="{value.translate(ESCAPES)}"' for name, value in labels.items()]
-        samples[f"{{{','.join(fields)}}}"] = number
-    return samples
+    rest = "".join([f',{name}="{value.translate(ESCAPES)}"' for name, value in more.items()])
+    return {f'{{{label}="{str(key).translate(ESCAPES)}"{rest}}}': number for key, number in numbers.items()}
 
 
 def _epoch(time_text: str) -> float | None:

@@ -182,7 +182,6 @@ class Site:
         self.status = status
         self.origins = Origins(allow_origins)
         self.pages = Pages(folder)
-        self._ranges = [each["name"] for each in history.describe()]
 
     def respond(self, head: bytes) -> Response | NewClient:
         """The response to a request, given its complete head."""
@@ -267,9 +266,10 @@ class Site:
         raise HttpError(404, self.prices.unknown(asset_id))
 
     def _history(self, request: Request) -> Response:
-        range_name = (request.fields("range") or self._ranges[:1])[-1]
-        if range_name not in self._ranges:
-            raise HttpError(400, f"unknown range {range_name[:40]!r}: there are {', '.join(self._ranges)}")
+        ranges = self.history.names
+        range_name = (request.fields("range") or ranges[:1])[-1]
+        if range_name not in ranges:
+            raise HttpError(400, f"unknown range {range_name[:40]!r}: there are {', '.join(ranges)}")
         assets = self._requested_assets(request)
         match (request.fields("format") or ["json"])[-1]:
             case "json":
