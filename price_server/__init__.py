@@ -12,9 +12,9 @@ Dependencies point down this list and form no circle:
     pages.py       the files of the page
     origins.py     which web origins may read
     commands.py    what a client may say
+    status.py      counters and gauges, /healthz, /metrics
     archive.py     a copy of the history in a SQLite file
     history.py     the price history, in memory
-    status.py      counters and gauges, /healthz, /metrics
     prices.py      the latest prices, and what a sound price is
     formats.py     how messages are written to a client
     frames.py      RFC 6455: bytes to frames and messages, and back

@@ -38,6 +38,7 @@ TYPES = {  # Python's `mimetypes` reads the registry on Windows, where .js may b
     ".webp": "image/webp",
     ".woff2": "font/woff2",
 }
+PATH = re.compile(r"(/[^./\\:\0][^/\\:\0]*)+")  # of names, on any system, that do not begin with a dot
 UNKNOWN_TYPE = "application/octet-stream"
 COMPRESSED_TYPES = re.compile(r"text/.*|application/(manifest\+)?json|image/svg\+xml")
 MAX_FILE = 4 << 20  # bytes; a larger file is not served: reading it would delay every client
@@ -58,11 +59,7 @@ class Cached(NamedTuple):
     """One file as it was when it was read."""
 
     version: tuple[int, ...]  # differs once the file has changed
-    plain: PageFile
-    compressed: PageFile | None  # where that is smaller
-
-    def count_bytes(self) -> int:
-        return len(self.plain.body) + (len(self.compressed.body) if self.compressed else 0)
+    encoded: list[PageFile]  # as it is, and then compressed where that is smaller
 
 
 class Pages:
@@ -75,34 +72,33 @@ class Pages:
     def find(self, path: str, accept_encoding: str = "") -> PageFile | None:
         """The file for the decoded path of a URL, or None where there is none that can be served."""
         try:
-            file = self._locate(path)
-            cached = self._load(file) if file else None
-        except (OSError, ValueError):  # ValueError: a character that no file name can have
+            encoded = self._load(self._locate(path))
+        except (OSError, ValueError):  # ValueError: also a character that no file name can have
             return None
-        if cached and cached.compressed and accepts_gzip(accept_encoding):
-            return cached.compressed
-        return cached.plain if cached else None
+        return encoded[-1] if accepts_gzip(accept_encoding) else encoded[0]
 
-    def _locate(self, path: str) -> str | None:
+    def _locate(self, path: str) -> str:
         """The file inside the folder, links followed. Raises OSError or ValueError when there is none."""
-        names = ["index.html"] if path == "/" else path.split("/")[1:]
-        if not path.startswith("/") or not all(map(_is_plain_name, names)):
-            return None
+        if path == "/":
+            path = "/index.html"
+        if not PATH.fullmatch(path):
+            raise ValueError("not a path of the page")
         folder = os.path.realpath(self.folder, strict=True)
-        file = os.path.realpath(os.path.join(folder, *names), strict=True)
-        return file if Path(file).is_relative_to(folder) else None
+        file = os.path.realpath(os.path.join(folder, path[1:]), strict=True)
+        Path(file).relative_to(folder)  # raises ValueError for a file outside
+        return file
 
-    def _load(self, file: str) -> Cached | None:
+    def _load(self, file: str) -> list[PageFile]:
         facts = os.stat(file)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE:
-            return None
+            raise ValueError("not a file that can be served")
         version = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         cached = self._cache.get(file)
         if cached is None or cached.version != version:
-            cached = self._cache[file] = Cached(version, *_read(file))
-            if sum([each.count_bytes() for each in self._cache.values()]) > MAX_CACHE:
+            cached = self._cache[file] = Cached(version, _read(file))
+            if sum(len(each.body) for other in self._cache.values() for each in other.encoded) > MAX_CACHE:
                 self._cache = {file: cached}
-        return cached
+        return cached.encoded
 
 
 def accepts_gzip(accept_encoding: str) -> bool:
@@ -115,21 +111,15 @@ def accepts_gzip(accept_encoding: str) -> bool:
     return not re.fullmatch(r"q=0(\.0*)?", weight)
 
 
-def _is_plain_name(name: str) -> bool:
-    """Whether this is the name of a file or folder that may be served, on any system."""
-    return not (name == "" or name.startswith(".") or re.search(r"[\\/:\0]", name))
-
-
-def _read(file: str) -> tuple[PageFile, PageFile | None]:
+def _read(file: str) -> list[PageFile]:
     """A file as it is, and compressed where that is smaller."""
     with open(file, "rb") as stream:
         body = stream.read(MAX_FILE)
     content_type = TYPES.get(os.path.splitext(file)[1].lower(), UNKNOWN_TYPE)
     digest = hashlib.sha256(body).hexdigest()[:20]
-    plain = PageFile(content_type, body, "", f'W/"{digest}"')
-    if len(body) > MAX_COMPRESSED or not COMPRESSED_TYPES.fullmatch(content_type):
-        return plain, None
-    smaller = gzip.compress(body, 6, mtime=0)
-    if len(smaller) >= len(body):
-        return plain, None
-    return plain, PageFile(content_type, smaller, "gzip", f'W/"{digest}-gzip"')
+    encoded = [PageFile(content_type, body, "", f'W/"{digest}"')]
+    if len(body) <= MAX_COMPRESSED and COMPRESSED_TYPES.fullmatch(content_type):
+        smaller = gzip.compress(body, 6, mtime=0)
+        if len(smaller) < len(body):
+            encoded.append(PageFile(content_type, smaller, "gzip", f'W/"{digest}-gzip"'))
+    return encoded

@@ -11,14 +11,15 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
-from functools import partial
-from itertools import accumulate, chain
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any
 
 from . import clocks
 from .formats import FORMATS
+from .history import History
 from .prices import Prices
 
 try:
@@ -32,53 +33,32 @@ CAUSES = ("refused_key", "forbidden", "rate_limited", "server_error", "timeout",
 STATUSES = (200, 204, 304, 400, 403, 404, 405, 426, 503)
 POLL_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 MAX_LISTED = 200  # connections up to which the open files are listed: with 10,000 that takes 19 ms
-OTHER_FILES = 12  # open files that are not connections, until they are counted
 ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in the value of a label
 OPEN_FILES = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
-Samples = Mapping[Any, float] | float
+Samples = Mapping[str, float | None] | float | None  # what is None is not known
 
 
-class History(Protocol):
-    def describe(self) -> list[dict[str, Any]]: ...
-
-
+@dataclass(eq=False)
 class Status:
-    """Counters and gauges of one server. Server thread only.
+    """Counters and gauges of one server. Server thread only."""
 
-    interval: seconds between two polls. age_clock: seconds that go on while the machine sleeps.
-    """
+    prices: Prices
+    history: History
+    _: KW_ONLY
+    quote: str = "USD"
+    source: str = "coinapi"
+    interval: float = 5.0  # seconds between two polls
+    max_clients: int = 10_000
+    pause_when_idle: bool = False
+    version: str = ""
+    age_clock: Callable[[], float] = clocks.boottime  # seconds that go on while the machine sleeps
+    wall_clock: Callable[[], float] = time.time
 
     stale_floor = 60.0  # seconds; CoinAPI's own times lag by about 30 s
 
-    def __init__(
-        self,
-        prices: Prices,
-        history: History,
-        *,
-        quote: str = "USD",
-        source: str = "coinapi",
-        interval: float = 5.0,
-        max_clients: int = 10_000,
-        pause_when_idle: bool = False,
-        version: str = "",
-        age_clock: Callable[[], float] = clocks.boottime,
-        wall_clock: Callable[[], float] = time.time,
-    ):
-        self.prices = prices
-        self.history = history
-        self.quote = quote
-        self.source = source
-        self.interval = interval
-        self.max_clients = max_clients
-        self.pause_when_idle = pause_when_idle
-        self.version = version
-        self.started_at = wall_clock()  # epoch seconds
-        self._age_clock = age_clock
-        self._wall_clock = wall_clock
-        self._start_counting()
-
-    def _start_counting(self) -> None:
+    def __post_init__(self) -> None:
+        self.started_at = self.wall_clock()  # epoch seconds
         self.clients = _start_at_0(each.name for each in FORMATS)  # open clients, by the name of their format
         self.clients_accepted = 0
         self.refused = _start_at_0(REFUSED)
@@ -90,7 +70,7 @@ class Status:
         self.visitors = 0  # connections that are not clients
         self.held_bytes = 0
         self.batch_seconds_max = 0.0
-        self._other_files = OTHER_FILES
+        self._other_files = 12  # open files that are not connections, until they are counted
 
         self.paused = False  # while polls are left out because nobody listens
         self.last_error: str | None = None
@@ -103,15 +83,16 @@ class Status:
         self._last_success: float | None = None  # by the age clock
         self._last_success_time = 0.0  # epoch seconds
 
-        self.history_state: str | None = None  # "ok" or "failing"; None without a file
-        self.history_write_errors = 0
-        self.history_last_write = 0.0  # epoch seconds
+        # These are None without a file.
+        self.history_state: str | None = None  # "ok" or "failing"
+        self.history_write_errors: int | None = None
+        self.history_last_write: float | None = None  # epoch seconds
 
     # What changes it
 
     def note_success(self) -> None:
         """Prices of a poll were sent."""
-        self._last_success, self._last_success_time = self._age_clock(), self._wall_clock()
+        self._last_success, self._last_success_time = self.age_clock(), self.wall_clock()
         self.last_error = None
         self.polls["success"] += 1
 
@@ -143,7 +124,7 @@ class Status:
 
     def age(self) -> float | None:
         """Seconds since the last successful poll, or None."""
-        return None if self._last_success is None else self._age_clock() - self._last_success
+        return None if self._last_success is None else self.age_clock() - self._last_success
 
     def state(self) -> str:
         """One of: ok; starting, before the first success; stale; paused, while polls are left out."""
@@ -159,7 +140,7 @@ class Status:
         age = self.age()
         return {
             "status": self.state(),
-            "time": round(self._wall_clock(), 3),
+            "time": round(self.wall_clock(), 3),
             "age_seconds": None if age is None else round(age, 3),
             "stale_after_seconds": self.stale_after,
             "interval_seconds": self.interval,
@@ -179,55 +160,46 @@ class Status:
     def metrics(self) -> str:
         """The counters and gauges in Prometheus' text format; what is not known is left out."""
         self.measure()
-        parts = (self._describe_clients(), self._describe_polls(), self._describe_prices(), self._describe_server())
-        return "".join(chain(*parts, _describe_process(self.started_at, self._count_open_files())))
-
-    def _describe_clients(self) -> Iterator[str]:
-        yield gauge("clients", "Open clients.", self.client_count)
-        yield gauge("clients_by_format", "Open clients, by how they are written to.", self.clients, "format")
-        yield gauge("max_clients", "Clients allowed; the next one is refused.", self.max_clients)
-        yield counter("clients_accepted_total", "Clients that were let in.", self.clients_accepted)
-        yield counter("clients_refused_total", "Requests for the feed that got no client.", self.refused, "reason")
-        yield counter("clients_dropped_total", "Clients that the server hung up on.", self.dropped, "reason")
-        yield counter("messages_sent_total", "Messages handed to the network.", self.messages_sent)
-        yield gauge("held_bytes", "Bytes that slow connections have yet to take.", self.held_bytes)
-
-    def _describe_polls(self) -> Iterator[str]:
-        yield counter("polls_total", "Polls of the price source.", self.polls, "result")
-        yield counter("poll_failures_total", "Failed polls, by what went wrong.", self.poll_failures, "cause")
-        yield _family("histogram", "poll_duration_seconds", "How long polls take.", self._poll_durations())
-        yield gauge("last_success_timestamp_seconds", "Last successful poll; 0 for none.", self._last_success_time)
-        yield gauge("interval_seconds", "From one poll to the next.", self.interval)
-        yield gauge("stale_after_seconds", "Age from which on prices count as stale.", self.stale_after)
-        yield gauge("paused", "1 while polls are left out because nobody listens.", int(self.paused))
-        yield gauge("credits_used", "Credits used, as CoinAPI last said.", self._credits_used)
-        yield gauge("credits_left", "Credits left, as CoinAPI last said; billed below 0.", self._credits_left)
+        latest = self.prices.latest.items()
+        prices = by("asset_id", {asset: update.price for asset, update in latest}, quote=self.quote)
+        times = by("asset_id", {asset: _epoch(update.time) for asset, update in latest}, quote=self.quote)
+        build = by("version", {self.version: 1}, python=platform.python_version())
+        last_write = self.history_last_write
+        metrics = [
+            metric("clients", "Open clients.", self.client_count),
+            metric("clients_by_format", "Open clients, by how they are written to.", by("format", self.clients)),
+            metric("max_clients", "Clients allowed; the next one is refused.", self.max_clients),
+            metric("clients_accepted_total", "Clients that were let in.", self.clients_accepted),
+            metric("clients_refused_total", "Requests for the feed that got no client.", by("reason", self.refused)),
+            metric("clients_dropped_total", "Clients that the server hung up on.", by("reason", self.dropped)),
+            metric("messages_sent_total", "Messages handed to the network.", self.messages_sent),
+            metric("held_bytes", "Bytes that slow connections have yet to take.", self.held_bytes),
+            metric("polls_total", "Polls of the price source.", by("result", self.polls)),
+            metric("poll_failures_total", "Failed polls, by what went wrong.", by("cause", self.poll_failures)),
+            metric("poll_duration_seconds", "How long polls take.", self._poll_durations(), kind="histogram"),
+            metric("last_success_timestamp_seconds", "Last successful poll; 0 for none.", self._last_success_time),
+            metric("interval_seconds", "From one poll to the next.", self.interval),
+            metric("stale_after_seconds", "Age from which on prices count as stale.", self.stale_after),
+            metric("paused", "1 while polls are left out because nobody listens.", int(self.paused)),
+            metric("credits_used", "Credits used, as CoinAPI last said.", self._credits_used),
+            metric("credits_left", "Credits left, as CoinAPI last said; billed below 0.", self._credits_left),
+            metric("price", "Last price of one asset, in the quote currency.", prices),
+            metric("price_timestamp_seconds", "The source's own time of that price.", times),
+            metric("assets_without_price", "Tracked assets that never had a price.", len(self._without_price())),
+            metric("http_responses_total", "HTTP responses, by their status.", by("status", self.http_responses)),
+            metric("visitors", "Connections that are not clients.", self.visitors),
+            metric("batch_seconds_max", "The longest batch of events of the last 60 s.", self.batch_seconds_max),
+            metric("history_write_errors_total", "Failed writes of the history file.", self.history_write_errors),
+            metric("history_last_write_timestamp_seconds", "Last write of the file; 0 for none.", last_write),
+            metric("start_timestamp_seconds", "When the server was made.", self.started_at),
+            metric("build_info", "Always 1; its labels say what runs.", build),
+        ]
+        return "".join(metrics + _describe_process(self.started_at, self._count_open_files()))
 
     def _poll_durations(self) -> dict[str, float]:
-        samples: dict[str, float] = {}
-        for bound, polls in zip((*POLL_BUCKETS, "+Inf"), accumulate(self._polls_within), strict=True):
-            samples[f'_bucket{{le="{bound}"}}'] = polls
+        buckets = zip((*POLL_BUCKETS, "+Inf"), accumulate(self._polls_within), strict=True)
+        samples: dict[str, float] = {f'_bucket{{le="{bound}"}}': polls for bound, polls in buckets}
         return samples | {"_sum": self._poll_seconds, "_count": sum(self._polls_within)}
-
-    def _describe_prices(self) -> Iterator[str]:
-        latest = {_labels(asset_id=asset, quote=self.quote): each for asset, each in self.prices.latest.items()}
-        prices = {labels: update.price for labels, update in latest.items()}
-        times = {labels: epoch for labels, update in latest.items() if (epoch := _epoch(update.time)) is not None}
-        yield gauge("price", "Last price of one asset, in the quote currency.", prices)
-        yield gauge("price_timestamp_seconds", "The source's own time of that price.", times)
-        yield gauge("assets_without_price", "Tracked assets that never had a price.", len(self._without_price()))
-
-    def _describe_server(self) -> Iterator[str]:
-        yield counter("http_responses_total", "HTTP responses, by their status.", self.http_responses, "status")
-        yield gauge("visitors", "Connections that are not clients.", self.visitors)
-        yield gauge("batch_seconds_max", "The longest batch of events of the last 60 s.", self.batch_seconds_max)
-        if self.history_state is not None:
-            last_write = self.history_last_write
-            yield counter("history_write_errors_total", "Failed writes of the history file.", self.history_write_errors)
-            yield gauge("history_last_write_timestamp_seconds", "Last write of the file; 0 for none.", last_write)
-        yield gauge("start_timestamp_seconds", "When the server was made.", self.started_at)
-        labels = _labels(version=self.version, python=platform.python_version())
-        yield gauge("build_info", "Always 1; its labels say what runs.", {labels: 1})
 
     def _count_open_files(self) -> int:
         """As the system lists them; with many connections, these and as many other files as at the last listing."""
@@ -248,27 +220,22 @@ def _start_at_0(keys: Iterable[Any]) -> Counter[Any]:
     return Counter(dict.fromkeys(keys, 0))
 
 
-def _family(kind: str, name: str, text: str, samples: Samples | None, label: str = "") -> str:
-    """One metric with all its samples, keyed by their labels or by the value of `label`; "" while none is known."""
-    if samples is None or samples == {}:
-        return ""
-    if not isinstance(samples, Mapping):
-        samples = {"": samples}
-    elif label:
-        samples = {_labels(**{label: str(key)}): number for key, number in samples.items()}
+def metric(name: str, text: str, samples: Samples, kind: str = "gauge") -> str:
+    """One metric, its samples keyed by what follows its name; "" while none is known."""
     if not name.startswith("process_"):
         name = f"price_tracker_{name}"
-    lines = [f"{name}{labels} {number}\n" for labels, number in samples.items()]
-    return f"# HELP {name} {text}\n# TYPE {name} {kind}\n{''.join(lines)}"
+    if name.endswith("_total"):
+        kind = "counter"
+    if not isinstance(samples, Mapping):
+        samples = {"": samples}
+    lines = [f"{name}{labels} {number}\n" for labels, number in samples.items() if number is not None]
+    return f"# HELP {name} {text}\n# TYPE {name} {kind}\n{''.join(lines)}" if lines else ""
 
 
-gauge = partial(_family, "gauge")
-counter = partial(_family, "counter")
-
-
-def _labels(**labels: str) -> str:
-    """Labels as Prometheus' text format has them."""
-    return "{" + ",".join([f'{name}="{value.translate(ESCAPES)}"' for name, value in labels.items()]) + "}"
+def by(label: str, numbers: Mapping[Any, float | None], **more: str) -> Samples:
+    """Samples that differ in one label, whose values `numbers` is keyed by; `more` labels are the same for all."""
+    rest = "".join([f',{name}="{value.translate(ESCAPES)}"' for name, value in more.items()])
+    return {f'{{{label}="{str(key).translate(ESCAPES)}"{rest}}}': number for key, number in numbers.items()}
 
 
 def _epoch(time_text: str) -> float | None:
@@ -280,18 +247,20 @@ def _epoch(time_text: str) -> float | None:
         return None
 
 
-def _describe_process(started_at: float, open_files: int) -> Iterator[str]:
+def _describe_process(started_at: float, open_files: int) -> list[str]:
     """The process metrics of the official client libraries, under their names, as far as this system has them."""
-    yield counter("process_cpu_seconds_total", "CPU time used, user and system.", time.process_time())
+    virtual = resident = None
     try:
         with open("/proc/self/statm", "rb") as file:  # Linux
             virtual, resident = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
-        yield gauge("process_virtual_memory_bytes", "Virtual memory.", virtual)
-        yield gauge("process_resident_memory_bytes", "Resident memory.", resident)
     except (OSError, ValueError):
         pass
-    if resource:
-        yield gauge("process_open_fds", "Open files and sockets.", open_files)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        yield gauge("process_max_fds", "Files and sockets that may be open.", limit if limit >= 0 else None)
-    yield gauge("process_start_time_seconds", "When the program was started.", started_at)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    return [
+        metric("process_cpu_seconds_total", "CPU time used, user and system.", time.process_time()),
+        metric("process_virtual_memory_bytes", "Virtual memory.", virtual),
+        metric("process_resident_memory_bytes", "Resident memory.", resident),
+        metric("process_open_fds", "Open files and sockets.", open_files if resource else None),
+        metric("process_max_fds", "Files and sockets that may be open.", most if most >= 0 else None),
+        metric("process_start_time_seconds", "When the program was started.", started_at),
+    ]

@@ -10,16 +10,17 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from email.utils import formatdate
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from .history import History
 from .origins import Origins
-from .pages import PAGE, PageFile, Pages
+from .pages import PAGE, Pages
 from .prices import Prices
 from .status import Status
 
@@ -30,7 +31,9 @@ MAX_FIELDS = 100  # of a query
 REQUEST_LINE = re.compile(r"([!-~]+)[ \t]+(\S+)(?:[ \t]+HTTP/(\d\.\d))?[ \t]*", re.ASCII)
 HEADER = re.compile(r"([!-9;-~]+):([\t -~\x80-\xff]*)")
 HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:[ \t]*,[ \t]*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
+EMPTY_LINE = re.compile(rb"\n\r?\n")
 METHODS = ("GET", "HEAD", "OPTIONS")
+ALLOWED = ", ".join(METHODS)
 ACCEPT_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 JSON = "application/json"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,12 +44,6 @@ PAGE_POLICY = (
 )
 RETRY = (1_500, 3_000)  # ms, at random: thousands of clients must not come back in one instant
 PATHS = "/, /ws, /stream, /prices, /history, /healthz and /metrics"
-
-
-class History(Protocol):
-    def describe(self) -> list[dict[str, Any]]: ...
-    def json_pieces(self, range_name: str, assets: Sequence[str]) -> list[bytes]: ...
-    def csv(self, range_name: str, assets: Sequence[str]) -> Iterator[bytes]: ...
 
 
 class Response(NamedTuple):
@@ -90,8 +87,7 @@ class Request:
     def __init__(self, head: bytes):
         self.method = ""
         self._lines = head.decode("latin-1").replace("\r\n", "\n").rstrip("\n").split("\n")
-        self._headers: dict[str, list[str]] = {}
-        self._fields: dict[str, list[str]] | None = None
+        self._header_lines: list[str] = []  # those that were checked
 
     def parse(self) -> None:
         """Set `method`, `version`, `path` and `query`. Raises HttpError for a malformed or unsupported request."""
@@ -100,10 +96,10 @@ class Request:
         self.method, target, self.version = line.groups("1.1")
         if self.version >= "2":
             raise HttpError(505, f"HTTP/{self.version} is not supported, only HTTP/1.1")
-        self._read_headers()
+        self._check_headers()
         if self.method not in METHODS:
             message = f"method {self.method[:20]} is not supported, only GET, HEAD and OPTIONS"
-            raise HttpError(405, message, Allow=", ".join(METHODS))
+            raise HttpError(405, message, Allow=ALLOWED)
         try:
             # urlsplit would take what follows two slashes for a host.
             url = urlsplit("/" + target.lstrip("/") if target.startswith("//") else target)
@@ -113,13 +109,22 @@ class Request:
             raise HttpError(414, f"query of {len(url.query)} bytes: at most {MAX_QUERY} are allowed")
         self.path, self.query = unquote(url.path) or "/", url.query
 
-    def _read_headers(self) -> None:
+    def _check_headers(self) -> None:
         if len(self._lines) > MAX_HEADERS + 1:
             raise HttpError(431, f"more than {MAX_HEADERS} headers")
         for line in self._lines[1:]:
-            if not (header := HEADER.fullmatch(line)):  # a folded one too, because it could be echoed as two
+            if not HEADER.fullmatch(line):  # a folded one too, because it could be echoed as two
                 raise HttpError(400, f"not a header: {line[:40]!r}")
-            self._headers.setdefault(header[1].lower(), []).append(header[2].strip(" \t"))
+            self._header_lines.append(line)
+
+    @cached_property
+    def _headers(self) -> dict[str, list[str]]:
+        """Made when a header is asked for: most responses need none."""
+        headers: dict[str, list[str]] = {}
+        for line in self._header_lines:
+            name, _, value = line.partition(":")
+            headers.setdefault(name.lower(), []).append(value.strip(" \t"))
+        return headers
 
     def all(self, header: str) -> list[str]:
         """The values of the headers of this name, which is given in lower case."""
@@ -127,22 +132,22 @@ class Request:
 
     def first(self, header: str) -> str:
         """The value of the first header of this name; "" without one."""
-        return self._headers[header][0] if header in self._headers else ""
+        return self._headers.get(header, [""])[0]
 
     def tokens(self, header: str) -> list[str]:
         """The items, in lower case, of a header whose value is a list."""
         return [token.strip().lower() for token in ",".join(self.all(header)).split(",")]
 
+    @cached_property
+    def _fields(self) -> dict[str, list[str]]:
+        try:
+            return parse_qs(self.query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
+        except ValueError:
+            raise HttpError(400, f"query of more than {MAX_FIELDS} fields") from None
+
     def fields(self, name: str) -> list[str]:
         """The values of this field of the query."""
-        if not self.query:
-            return []
-        if self._fields is None:
-            try:
-                self._fields = parse_qs(self.query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
-            except ValueError:
-                raise HttpError(400, f"query of more than {MAX_FIELDS} fields") from None
-        return self._fields.get(name, [])
+        return self._fields.get(name, []) if self.query else []
 
 
 def find_end(buffer: bytearray, searched: int) -> int:
@@ -152,9 +157,8 @@ def find_end(buffer: bytearray, searched: int) -> int:
     """
     if buffer.startswith((b"\n", b"\r\n")):
         return buffer.index(b"\n") + 1
-    start = max(searched - 3, 0)
-    ends = [at + len(mark) for mark in (b"\n\r\n", b"\n\n") if (at := buffer.find(mark, start)) >= 0]
-    return min(ends, default=-1)
+    found = EMPTY_LINE.search(buffer, max(searched - 3, 0))
+    return found.end() if found else -1
 
 
 class Site:
@@ -178,7 +182,6 @@ class Site:
         self.status = status
         self.origins = Origins(allow_origins)
         self.pages = Pages(folder)
-        self._ranges = [each["name"] for each in history.describe()]
 
     def respond(self, head: bytes) -> Response | NewClient:
         """The response to a request, given its complete head."""
@@ -213,7 +216,7 @@ class Site:
                 status = 200 if self.status.state() in ("ok", "paused") else 503
                 return self._send(request, json.dumps(self.status.health()).encode(), status=status)
             case ["", "metrics"]:
-                return self._send(request, self.status.metrics().encode(), content_type=METRICS)
+                return self._send(request, self.status.metrics().encode(), headers={"Content-Type": METRICS})
         return self._page(request)
 
     # The feed
@@ -235,7 +238,7 @@ class Site:
         assets = self._requested_assets(request, refused="asset")
         self.check_admission(request)
         # It ends with its connection: HAProxy cuts a chunked one after `timeout server`.
-        head = self._head(request, 200, "text/event-stream", length=None, headers={"X-Accel-Buffering": "no"})
+        head = self._head(request, 200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         if request.method == "HEAD":
             return Response(head, [], 200)
         retry = b"retry: %d\n" % random.randint(*RETRY)
@@ -263,19 +266,19 @@ class Site:
         raise HttpError(404, self.prices.unknown(asset_id))
 
     def _history(self, request: Request) -> Response:
-        range_name = (request.fields("range") or self._ranges[:1])[-1]
-        if range_name not in self._ranges:
-            raise HttpError(400, f"unknown range {range_name[:40]!r}: there are {', '.join(self._ranges)}")
+        ranges = self.history.names
+        range_name = (request.fields("range") or ranges[:1])[-1]
+        if range_name not in ranges:
+            raise HttpError(400, f"unknown range {range_name[:40]!r}: there are {', '.join(ranges)}")
         assets = self._requested_assets(request)
         match (request.fields("format") or ["json"])[-1]:
             case "json":
                 return self._send(request, *self.history.json_pieces(range_name, assets))
             case "csv":
                 name = f"prices-{range_name}-{self.status.quote}.csv"
-                headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-                head = self._head(request, 200, CSV, length=None, headers=headers)
-                is_head = request.method == "HEAD"
-                return Response(head, [] if is_head else self.history.csv(range_name, assets), 200)
+                headers = {"Content-Type": CSV, "Content-Disposition": f'attachment; filename="{name}"'}
+                body = [] if request.method == "HEAD" else self.history.csv(range_name, assets)
+                return Response(self._head(request, 200, headers), body, 200)
             case other:
                 raise HttpError(400, f"unknown format {other[:40]!r}: there are json, csv")
 
@@ -292,31 +295,32 @@ class Site:
     # The page, and pages of other servers
 
     def _page(self, request: Request) -> Response:
-        file = self.pages.find(request.path, ",".join(request.all("accept-encoding")))
+        file = self.pages.find(request.path, ",".join(request.tokens("accept-encoding")))
         if file is None:
             if request.path == "/":
                 raise HttpError(404, f"no page: there is no index.html in the folder {self.pages.folder.name}")
             raise HttpError(404, f"not found: there are {PATHS}")
-        headers = {"ETag": file.etag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+        headers = {"ETag": file.etag, "Vary": "Accept-Encoding"}
         if file.encoding:
             headers["Content-Encoding"] = file.encoding
         if file.content_type.startswith("text/html"):
             headers["Content-Security-Policy"] = f"{PAGE_POLICY}; {self.origins.frame_ancestors}"
-        if _is_known(request, file):
-            return Response(self._head(request, 304, "", length=None, headers=headers), [], 304)
-        return self._send(request, file.body, content_type=file.content_type, headers=headers)
+        known = [tag.removeprefix("w/") for tag in request.tokens("if-none-match")]
+        if "*" in known or file.etag.removeprefix("W/") in known:
+            return Response(self._head(request, 304, headers), [], 304)
+        return self._send(request, file.body, headers={"Content-Type": file.content_type} | headers)
 
     def _options(self, request: Request) -> Response:
         """CORS preflight: https://fetch.spec.whatwg.org/#cors-preflight-fetch."""
-        headers = {"Allow": ", ".join(METHODS)}
+        headers = {"Allow": ALLOWED}
         if request.all("origin"):
             if not self._may_read(request):
                 raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed")
-            headers |= {"Access-Control-Allow-Methods": ", ".join(METHODS), "Access-Control-Max-Age": "600"}
+            headers |= {"Access-Control-Allow-Methods": ALLOWED, "Access-Control-Max-Age": "600"}
             asked = ", ".join(request.all("access-control-request-headers"))
             if HEADER_NAMES.fullmatch(asked):
                 headers["Access-Control-Allow-Headers"] = asked
-        return Response(self._head(request, 204, "", length=None, headers=headers), [], 204)
+        return Response(self._head(request, 204, headers), [], 204)
 
     def _may_read(self, request: Request) -> bool:
         """Whether the request's origin may read. Without that header it is not a browser's, and may."""
@@ -325,41 +329,24 @@ class Site:
     # HTTP
 
     def _send(
-        self,
-        request: Request | None,
-        *body: bytes,
-        content_type: str = JSON,
-        status: int = 200,
-        headers: dict[str, str] | None = None,
+        self, request: Request | None, *body: bytes, status: int = 200, headers: dict[str, str] | None = None
     ) -> Response:
-        """A response of known length; HEAD gets the same without its body."""
-        head = self._head(request, status, content_type, sum(map(len, body)), headers or {})
+        """A response of known length, JSON unless a header says otherwise; HEAD gets the same without its body."""
+        fields = {"Content-Type": JSON, "Content-Length": str(sum(map(len, body)))}
+        head = self._head(request, status, fields | (headers or {}))
         return Response(head, [] if request and request.method == "HEAD" else list(body), status)
 
-    def _head(
-        self, request: Request | None, status: int, content_type: str, length: int | None, headers: dict[str, str]
-    ) -> bytes:
-        """content_type: "" for none. length: of the body; None for none, or for one that ends with the connection."""
-        fields = {
-            "Server": "price-server",
-            "Date": _date(int(time.time())),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "Connection": "close",
-        }
-        if content_type:
-            fields["Content-Type"] = content_type
-        if length is not None:
-            fields["Content-Length"] = str(length)
-        fields |= headers
+    def _head(self, request: Request | None, status: int, headers: dict[str, str]) -> bytes:
+        """headers: those that not every response has; more are added to them."""
         if not self.origins.is_restricted:
-            fields["Access-Control-Allow-Origin"] = "*"
+            headers["Access-Control-Allow-Origin"] = "*"
         else:
-            fields["Vary"] = f"Origin, {fields['Vary']}" if "Vary" in fields else "Origin"
+            headers["Vary"] = f"Origin, {headers['Vary']}" if "Vary" in headers else "Origin"
             if request and request.all("origin") and self._may_read(request):
-                fields["Access-Control-Allow-Origin"] = request.first("origin")
-        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
-        return f"{_status_line(status)}{''.join(lines)}\r\n".encode("latin-1")
+                headers["Access-Control-Allow-Origin"] = request.first("origin")
+        caching = "no-cache" if "ETag" in headers else "no-store"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        return f"{_head_start(status, int(time.time()), caching)}{lines}\r\n".encode("latin-1")
 
 
 def _checked_key(request: Request) -> str:
@@ -382,17 +369,14 @@ def _checked_key(request: Request) -> str:
     raise HttpError(400, "Sec-WebSocket-Key must be 16 bytes in base64", "handshake")
 
 
-def _is_known(request: Request, file: PageFile) -> bool:
-    """Whether the browser has these bytes already (RFC 9110, 13.1.2)."""
-    known = [each.strip() for each in ",".join(request.all("if-none-match")).split(",")]
-    return "*" in known or file.etag in known or file.etag.removeprefix("W/") in known
-
-
 @lru_cache
-def _status_line(status: int) -> str:
-    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-
-
-@lru_cache(maxsize=1)
-def _date(second: int) -> str:
-    return formatdate(second, usegmt=True)
+def _head_start(status: int, second: int, caching: str) -> str:
+    """What every response of this status begins with for a second."""
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        "Server: price-server\r\n"
+        f"Date: {formatdate(second, usegmt=True)}\r\n"
+        f"Cache-Control: {caching}\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+        "Connection: close\r\n"
+    )

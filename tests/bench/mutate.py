@@ -24,7 +24,7 @@ TESTS = {  # of each room that is a function of what comes in
     "price_server/connection.py": "tests/unit/test_connection.py",
     "price_server/prices.py": "tests/unit/test_prices.py",
     "price_server/commands.py": "tests/unit/test_commands.py",
-    "price_server/web.py": "tests/unit/test_web.py",
+    "price_server/web.py": "tests/unit/test_web.py\n    tests/unit/test_web_feed.py",
     "price_server/status.py": "tests/unit/test_status.py",
     "price_server/history.py": "tests/unit/test_history.py",
 }

@@ -2,33 +2,30 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from coin_api import PriceUpdate
+from price_server.history import History
 from price_server.prices import Prices
 from price_server.status import Status
 from price_server.web import NewClient, Response, Site
 
-RANGES = ("1h", "24h", "7d", "30d", "1y")
 ALL = ("BTC", "ETH", "SOL")
 AT = "2026-11-22T07:44:05.1234567Z"
 
 
-class Past:
+class Past(History):
     """A history that answers with what it was asked."""
 
-    def describe(self) -> list[dict[str, Any]]:
-        return [{"name": name, "seconds": 1, "step": 1, "since": None} for name in RANGES]
+    def json_pieces(self, range_name: str, assets: Iterable[str]) -> list[bytes]:
+        return [b"{", json.dumps(range_name).encode(), b":", json.dumps([*assets]).encode(), b"}"]
 
-    def json_pieces(self, range_name: str, assets: Sequence[str]) -> list[bytes]:
-        return [b"{", json.dumps(range_name).encode(), b":", json.dumps(assets).encode(), b"}"]
-
-    def csv(self, range_name: str, assets: Sequence[str]) -> Iterator[bytes]:
+    def csv(self, range_name: str, assets: Iterable[str]) -> Iterator[bytes]:
         yield b"time,asset_id,price\n"
         yield from (f"{range_name},{asset},1.0\n".encode() for asset in assets)
 
@@ -93,8 +90,8 @@ def poll(site: Site, **prices: float) -> None:
     site.status.note_success()
 
 
-def make_site(folder: Path, *allow_origins: str) -> Site:
-    prices, past = Prices(ALL), Past()
+def make_site(folder: Path, *allow_origins: str, assets: tuple[str, ...] = ALL) -> Site:
+    prices, past = Prices(assets), Past(assets)
     status = Status(prices, past, age_clock=lambda: 0.0, wall_clock=lambda: 1_800_000_000.25)
     return Site(prices, past, status, allow_origins=allow_origins, folder=folder)
 
