@@ -365,6 +365,7 @@ def test_a_client_may_be_behind_for_30_seconds_until_it_has_caught_up() -> None:
     assert take(client, 16, now=129) == b"btc1][eth--1][x1"
     client.publish(ALL, 0, 129)
     client.enqueue(b"<one>")
+    client.follow(())
     assert (client.find_overdue(130.0), client.find_overdue(130.1)) == ("", "behind")
     take(client, now=130)
     assert client.find_overdue(1e9) == ""
