@@ -20,20 +20,18 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from raw import request, reset, visit
 from running import ASSETS, ROOT, Tracker, wait_for
 from stand_in import KEY, StandIn
 
-UPGRADE = (
-    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
+UPGRADE = request()
 GOODBYE = b"\x88\x14\x03\xe9server is stopping"  # close frame, 1001
 
 
@@ -42,13 +40,7 @@ GOODBYE = b"\x88\x14\x03\xe9server is stopping"  # close frame, 1001
 
 def connect(port: int, receive_buffer: int = 0) -> socket.socket:
     """A client that has asked for the upgrade and has not read the answer."""
-    sock = socket.socket()
-    if receive_buffer:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    sock.settimeout(5)
-    sock.connect(("127.0.0.1", port))
-    sock.sendall(UPGRADE)
-    return sock
+    return visit(port, UPGRADE, receive_buffer, timeout=5)
 
 
 def masked(opcode: int, payload: bytes) -> bytes:
@@ -84,11 +76,6 @@ def flood(clients: list[socket.socket], data: bytes, seconds: float = 1.2) -> No
             for key, _ in selector.select(0.1):
                 rest[key.data] = rest[key.data] or data
                 rest[key.data] = rest[key.data][key.data.send(rest[key.data]) :]
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 def reset_at_once(port: int) -> None:
@@ -217,7 +204,7 @@ def hold(port: int, number: int) -> None:
     opened = upgraded = 0
     with selectors.DefaultSelector() as selector:
         selector.register(sys.stdin, selectors.EVENT_READ)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while sum(ends.values()) < number and time.monotonic() < deadline:
             while opened < number and opened - upgraded < 100:
                 sock = connect(port)
@@ -244,32 +231,6 @@ def hold(port: int, number: int) -> None:
                     selector.unregister(sock)
                     sock.close()
     print(json.dumps(ends), flush=True)
-
-
-def come_together(port: int, number: int = 500) -> None:
-    """Print in how many seconds all were upgraded and had all prices."""
-    received: dict[socket.socket, bytes] = {}
-    with selectors.DefaultSelector() as selector:
-        began = time.monotonic()
-        for _ in range(number):
-            sock = socket.socket()
-            sock.setblocking(False)
-            sock.connect_ex(("127.0.0.1", port))
-            selector.register(sock, selectors.EVENT_WRITE)
-            received[sock] = b""
-        served = 0
-        while served < number and time.monotonic() < began + 10:
-            for key, events in selector.select(1):
-                sock = key.fileobj  # type: ignore[assignment]
-                if events & selectors.EVENT_WRITE:
-                    sock.sendall(UPGRADE)
-                    selector.modify(sock, selectors.EVENT_READ)
-                    continue
-                received[sock] += sock.recv(65_536)
-                if b'"asset_id":"SOL"' in received[sock]:
-                    selector.unregister(sock)
-                    served += 1
-    print(json.dumps([served, time.monotonic() - began]), flush=True)
 
 
 class Lateness:
@@ -452,16 +413,6 @@ def test_bad_clients_leave_no_traceback_and_no_flood_in_the_log(feed: Feed) -> N
 # Limits
 
 
-def test_500_connections_in_the_same_moment_are_all_served_within_a_second() -> None:
-    with Tracker("--demo") as tracker:
-        wait_for_prices(tracker)
-        with Swarm(come_together, tracker.port) as swarm, Lateness() as lateness:
-            served, seconds = swarm.result()
-        assert served == 500
-        assert lateness.allows(seconds, 1.0)
-        assert "Traceback" not in tracker.text
-
-
 def wait_for_prices(tracker: Tracker) -> None:
     def known() -> bool:
         with urllib.request.urlopen(f"{tracker.http}/prices", timeout=5) as answer:
@@ -489,35 +440,6 @@ def cpu_share(tracker: Tracker, seconds: float = 1.0) -> float:
     return (tracker.usage()[3] - before) / seconds
 
 
-def test_with_120_files_allowed_70_clients_are_served_and_the_others_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nulimit -n 120\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    with Tracker("--demo", "--interval", "0.25") as tracker, ExitStack() as stack:
-        assert tracker.wait_for_log("--max-clients lowered from 10000 to 70")
-        clients = [stack.enter_context(connect(tracker.port)) for _ in range(200)]
-        refused: list[socket.socket] = []
-        while len(refused) < 130:  # each hangs up when it is told, as real ones do
-            for client in [client for client in clients if answers([client])[b"503"]]:
-                clients.remove(client)
-                refused.append(client)
-                client.close()
-        assert answers(clients) == {b"101": 70}
-        share = cpu_share(tracker)
-        print(f"70 clients and 130 refusals: {share:.1%} of a core")
-        assert share < 0.2
-        for client in clients[:20]:
-            client.close()
-        wait_for(lambda: clients_at(tracker) == 50, what="room for 20 more")
-        more = [stack.enter_context(connect(tracker.port)) for _ in range(20)]
-        wait_for(lambda: answers(more) == {b"101": 20}, what="20 more clients")
-        assert "Traceback" not in tracker.text
-        assert len(tracker.log) <= 5, tracker.text
-
-
 def test_without_a_free_file_the_clients_are_served_the_others_wait_and_nothing_spins() -> None:
     with Tracker("--demo", "--interval", "0.25") as tracker, ExitStack() as stack:
         psutil.Process(tracker.process.pid).rlimit(psutil.RLIMIT_NOFILE, (120, 120))
@@ -540,15 +462,33 @@ def test_without_a_free_file_the_clients_are_served_the_others_wait_and_nothing_
 # Stop
 
 
+def seconds_queued(tracker: Tracker) -> dict[str, float]:
+    """How long each thread was ready to run so far and had no processor, because this machine is busy (on Linux)."""
+    queued = {}
+    for file in Path(f"/proc/{tracker.process.pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # it has ended
+            queued[file.parent.name] = int(file.read_text().split()[1]) / 1e9
+    return queued
+
+
 @contextmanager
 def stopping() -> Iterator[Callable[[Tracker], None]]:
     """Gives the function that stops a tracker, within the 2 s that are promised."""
     with Lateness() as lateness:
 
         def stop(tracker: Tracker) -> None:
+            before = seconds_queued(tracker)
+            queued = dict(before)
             began = time.monotonic()
-            assert tracker.stop(seconds=30) == 0
-            assert lateness.allows(time.monotonic() - began, 2.0)
+            tracker.process.send_signal(signal.SIGTERM)
+            while tracker.process.poll() is None:
+                assert time.monotonic() < began + 30
+                queued |= seconds_queued(tracker)
+                time.sleep(0.005)
+            took = time.monotonic() - began
+            waited = sum(queued.values()) - sum(before.values())
+            assert lateness.allows(took - waited, 2.0), f"{took:.3f} s, {waited:.3f} s of them without a processor"
+            assert tracker.wait() == 0
             assert "Traceback" not in tracker.text
 
         yield stop

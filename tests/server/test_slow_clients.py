@@ -199,6 +199,21 @@ def test_the_server_waits_so_long_for(
     assert held(timed) == 0
 
 
+def test_setting_the_machines_clock_moves_no_deadline_and_makes_no_price_old(start_server: Start) -> None:
+    clock, wall_clock = Clock(), Clock()
+    server = start_server(kind=RiggedServer, clock=clock, age_clock=clock, wall_clock=wall_clock)
+    server.publish([PriceUpdate("BTC", 1.0, "t")])
+    with RawClient(server.port), visit(server.port, request()[:-2]):
+        wait_for(lambda: connections(server) == 2)
+        for shift in (3_600.0, -7_200.0):
+            wall_clock.now += shift
+            pass_time(server, 4.0)
+            assert connections(server) == 2
+            assert ask(server.port, get("/healthz"))[0] == 200
+        pass_time(server, 3.0)
+        assert connections(server) == 1
+
+
 # Heartbeats
 
 

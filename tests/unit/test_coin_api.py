@@ -10,6 +10,7 @@ from datetime import datetime
 import pytest
 import requests
 import responses
+from calling import error_of
 from stand_in import HEADERS, KEY, OUT_OF_CREDITS, RATES, rates_body
 
 from coin_api import CoinApi, CoinApiError, DemoApi, PriceUpdate, one_line
@@ -28,13 +29,6 @@ def http() -> Iterator[responses.RequestsMock]:
 @pytest.fixture
 def api() -> CoinApi:
     return CoinApi(KEY)
-
-
-def error_of(api: CoinApi, *assets: str) -> CoinApiError:
-    with pytest.raises(CoinApiError) as caught:
-        api.fetch_prices(assets or ("BTC", "ETH"))
-    assert "\n" not in str(caught.value)
-    return caught.value
 
 
 def test_all_assets_cost_one_request_with_the_key_in_its_header(http: responses.RequestsMock, api: CoinApi) -> None:
