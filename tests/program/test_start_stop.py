@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 from calling import Done
-from running import ROOT, wait_for
+from running import ROOT
 from stand_in import KEY, StandIn
-from websockets.sync.client import connect
 
 import system
 import tracker
 from coin_api import PriceUpdate
-from price_server import PriceServer
 from tracker import Poller, main
 
 GOOD = [PriceUpdate("BTC", 1.0, "t"), PriceUpdate("ETH", 2.0, "t")]
@@ -199,14 +197,6 @@ def test_a_busy_thread_cannot_keep_the_interpreter_from_the_sending_one() -> Non
     program = "import sys, tracker; tracker.main(['--demo', '--once']); print(sys.getswitchinterval())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(0.0002)
-
-
-def test_a_pausing_poller_is_woken_when_the_new_client_counts_and_not_before(server: PriceServer) -> None:
-    counts: list[tuple[int, int]] = []
-    server.client_came.set = lambda: counts.append((server.client_count, len(server.clients)))  # type: ignore[method-assign]
-    with connect(f"ws://127.0.0.1:{server.port}/ws"), connect(f"ws://127.0.0.1:{server.port}/ws"):
-        wait_for(lambda: len(counts) >= 2)
-    assert counts == [(1, 1), (2, 2)]
 
 
 def test_the_log_level_is_the_least_that_is_logged(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:
