@@ -232,9 +232,11 @@ def serve(name: str, directory: str, messages: str) -> None:
         asyncio.run(started)
 
 
-def raise_file_limit() -> None:
+def raise_file_limit() -> int:
+    """As far as allowed; how many files may be open then."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from bench_sides import raise_file_limit
 from running import Tracker, wait_for
-from soak_clients import raise_file_limit
 from soak_source import LONG, SHORT, SLOW_TROUBLES, WITHOUT_DOT, Source
 from soak_storm import Storm
 from stand_in import KEY
@@ -175,7 +175,7 @@ class Run:
         self.check(not strange, f"log: {strange[:5]}")
         # A burst is a warning and its end; DOT is missed and back; the start and the stop have two each.
         lines = 2 * (self.bursts + 1) + 2 * (source.good // WITHOUT_DOT) + 4
-        self.check(len(tracker.log) <= lines, f"log: more than {lines} lines")
+        self.check(len(tracker.log) <= lines, f"log: more than {lines} lines: {tracker.log}")
         self.check(KEY not in tracker.text, "log: shows the key")
 
 

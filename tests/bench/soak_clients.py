@@ -7,27 +7,22 @@ import random
 import re
 import selectors
 import socket
-import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from bench_sides import raise_file_limit
+from raw import BINARY, CLOSE, PING, PONG, TEXT, frame, get, request, reset
 from running import ASSETS
 from soak_source import WITHOUT_DOT
 
 ENOUGH_TO_FILL = 280  # polls of 731 bytes, 0.2 MB: more than the buffers on both sides hold
 PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"([0-9.]+)"\}')
-
-
-def client_frame(first: int, payload: bytes) -> bytes:
-    """One frame as a client sends it, with a mask of zeros."""
-    size = len(payload)
-    length = struct.pack("!B", 0x80 | size) if size < 126 else struct.pack("!BH", 0xFE, size)
-    return bytes([first]) + length + bytes(4) + payload
 
 
 def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
@@ -44,18 +39,6 @@ def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
         found.append((data[start], data[start + head : start + head + size]))
         start += head + size
     return found, start
-
-
-def request(path: str = "/ws", **headers: str) -> bytes:
-    fields = {
-        "Host": "127.0.0.1",
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    } | {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-    return "\r\n".join(lines).encode()
 
 
 class Crowd:
@@ -191,18 +174,13 @@ class Client:
         sock = self.socket
         self.crowd.later(seconds, lambda: action() if sock and self.socket is sock else None)
 
-    def forget(self) -> None:
-        """Close the socket as it is."""
+    def forget(self, close: Callable[[socket.socket], object] = socket.socket.close) -> None:
+        """Close the socket as it is; with `reset`, without a goodbye."""
         if self.socket:
             if self.socket in self.crowd.selector.get_map():
                 self.crowd.selector.unregister(self.socket)
-            self.socket.close()
+            close(self.socket)
             self.socket = None
-
-    def reset(self) -> None:
-        if self.socket:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.forget()
 
     def send(self, data: bytes) -> None:
         try:
@@ -255,7 +233,7 @@ class Client:
         while self.buffer[:2] == b"\x89\x00":
             self.buffer = self.buffer[2:]
             self.crowd.seen["pings"] += 1
-            self.send(client_frame(0x8A, b""))
+            self.send(frame(PONG))
         if not self.last or not self.buffer:
             return
         ping = self.buffer.find(b"\x89\x00")
@@ -307,14 +285,14 @@ class Passing(Client):
     def leave(self) -> None:
         match self.crowd.random.randrange(3):
             case 0:
-                self.reset()
+                self.forget(reset)
                 self.again()
             case 1:
                 self.forget()
                 self.again()
             case 2:
                 self.leaving = True
-                self.send(client_frame(0x88, b"\x03\xe8"))
+                self.send(frame(CLOSE, b"\x03\xe8"))
                 self.while_open(4.0, lambda: self.wrong("not hung up on behind a close"))
 
     def parse(self) -> None:
@@ -387,7 +365,7 @@ class Stalling(Client):
         self.buffer = self.buffer[used:]
         for first, payload in found:
             if first == 0x89:
-                self.send(client_frame(0x8A, payload))
+                self.send(frame(PONG, payload))
                 continue
             asset_id, counter, _ = parse_price(first, payload)
             if counter < self.prices.get(asset_id, 0):
@@ -402,35 +380,23 @@ class Stalling(Client):
         self.crowd.later(0.5, self.open)
 
 
-# name: (request or None for a proper one, what follows it, status or close code, or None for "we reset")
-RUDE: dict[str, tuple[bytes | None, bytes, int | None]] = {
+# name: (request, what follows it, status or close code, or None for "we reset")
+RUDE: dict[str, tuple[bytes, bytes, int | None]] = {
     "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"", 400),
     "headers of 40 KB": (b"GET /ws HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", b"", 431),
-    "POST": (b"POST /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", b"", 405),
-    "old version": (request(Sec_WebSocket_Version="8"), b"", 426),
-    "bad key": (request(Sec_WebSocket_Key="abc"), b"", 400),
     "unknown asset": (request("/ws?assets=NOSUCH"), b"", 400),
-    "unknown path": (request("/nowhere"), b"", 404),
-    "/prices": (request("/prices"), b"", 200),
-    "/history": (request("/history"), b"", 200),
-    "/metrics": (request("/metrics"), b"", 200),
+    "/history": (get("/history"), b"", 200),
+    "/metrics": (get("/metrics"), b"", 200),
     "half a request, reset": (request()[:60], b"", None),
     "half a request, silence": (request()[:60], b"", 0),
-    "no mask": (None, b"\x81\x01a", 1002),
-    "reserved bit": (None, client_frame(0xC1, b"a"), 1002),
-    "unknown opcode": (None, client_frame(0x83, b"a"), 1002),
-    "ping of 126 bytes": (None, client_frame(0x89, b"a" * 126), 1002),
-    "ping in fragments": (None, client_frame(0x09, b"a"), 1002),
-    "length not minimal": (None, b"\x81\xfe\x00\x01\x00\x00\x00\x00a", 1002),
-    "continuation of nothing": (None, client_frame(0x80, b"a"), 1002),
-    "2 GiB announced": (None, b"\x82\xff\x00\x00\x00\x00\x80\x00\x00\x00", 1009),
-    "not UTF-8": (None, client_frame(0x81, b"\xff\xfe"), 1007),
-    "close code 1005": (None, client_frame(0x88, b"\x03\xed"), 1002),
-    "a good close": (None, client_frame(0x88, b"\x0f\xa0bye"), 4000),
-    "60 KB of text, close": (None, client_frame(0x81, b"a" * 60_000) + client_frame(0x88, b"\x03\xe8"), 1000),
-    "500 pings, reset": (None, client_frame(0x89, b"ping") * 500, None),
-    "half a frame, reset": (None, client_frame(0x81, b"a" * 100)[:50], None),
-    "random bytes, reset": (None, random.Random(7).randbytes(500), None),
+    "no mask": (request(), frame(TEXT, b"a", masked=False), 1002),
+    "2 GiB announced": (request(), frame(BINARY, length=b"\x7f" + (1 << 31).to_bytes(8, "big")), 1009),
+    "not UTF-8": (request(), frame(TEXT, b"\xff\xfe"), 1007),
+    "a good close": (request(), frame(CLOSE, b"\x0f\xa0bye"), 4000),
+    "60 KB of text, close": (request(), frame(TEXT, b"a" * 60_000) + frame(CLOSE, b"\x03\xe8"), 1000),
+    "500 pings, reset": (request(), frame(PING, b"ping") * 500, None),
+    "half a frame, reset": (request(), frame(TEXT, b"a" * 100)[:50], None),
+    "random bytes, reset": (request(), random.Random(7).randbytes(500), None),
 }
 
 
@@ -440,7 +406,7 @@ class Rude(Client):
     def open(self, head: bytes | None = None) -> None:
         self.name, (head, self.then, self.right) = list(RUDE.items())[(self.opened + self.number) % len(RUDE)]
         self.all = b""
-        super().open(request() if head is None else head)
+        super().open(head)
         if self.right is None:
             self.while_open(0.5, self.done)
         else:  # silence is cut off after 10 s
@@ -457,7 +423,7 @@ class Rude(Client):
 
     def done(self) -> None:
         self.crowd.seen["rude acts"] += 1
-        self.reset()
+        self.forget(reset)
         self.crowd.later(self.crowd.random.uniform(0.1, 1.0), self.open)
 
     def late(self) -> None:
@@ -488,18 +454,6 @@ def run_crowd(port: int, clients: int, seconds: float) -> None:
     crowd.run()
     result = {"seen": crowd.seen, "wrong": crowd.wrong, "delays": crowd.delays}
     print(json.dumps(result), flush=True)
-
-
-def raise_file_limit() -> int:
-    """As far as allowed; how many files may be open then."""
-    try:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        return 0  # not known: the clients say so when it is too low
-    return hard
 
 
 if __name__ == "__main__":
