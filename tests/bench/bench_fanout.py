@@ -301,22 +301,6 @@ def compare(contenders: Sequence[Contender], versions: dict[str, str | None], cl
     print_table(f"{clients:,} clients, {rounds} rounds", head, *rows, notes=notes)
 
 
-def show_growth(measured: Sequence[tuple[int, dict[str, Contender]]]) -> None:
-    """This server at each N, and how it compares with the one before."""
-    rows = []
-    for clients, sides in measured:
-        this, before = sides[THIS], sides.get(BEFORE)
-        median = statistics.median(this.times)
-        row = [f"{clients:,}", milliseconds(median), f"{median / clients * 1e6:.1f}"]
-        row += [f"{this.memory / 1024:.2f}", f"{this.threads:+d}", f"{clients / this.connecting:,.0f}"]
-        if before:
-            row += [f"{multiple(this.times, before.times):.2f}", f"{before.connecting / this.connecting:.2f}"]
-        rows.append(row)
-    head = ["clients", "median ms", "microseconds per client", "KiB per client", "threads added", "accepted/s"]
-    head += ["time x before", "accepted x before"] if len(rows[0]) > len(head) else []
-    print_table("This server: how it grows", head, *rows)
-
-
 def show_requests(setup: Setup, rounds: int, requests: int) -> None:
     """What `ab` makes of `/prices/BTC`, this server and the one before in turns."""
     if shutil.which("ab") is None:
@@ -459,17 +443,11 @@ def measure(setup: Setup, options: argparse.Namespace) -> bool:
     print()
     numbers = [int(number) for number in options.clients.split(",")]
     whole = True
-    measured: list[tuple[int, dict[str, Contender]]] = []
     try:
         for clients in numbers:
             contenders = fan_out(sides, setup, clients, options.rounds)
             compare(contenders, versions, clients, len(setup.messages))
             whole &= not any(each.failed for each in contenders)
-            sound = {each.name: each for each in contenders if not each.reason}
-            if THIS in sound:
-                measured.append((clients, sound))
-        if measured:
-            show_growth(measured)
         show_requests(setup, *((1, 200) if options.quick else (7, 3_000)))
         show_stalled(setup, max(numbers), options.rounds)
         show_tracker(setup, min(max(numbers), 1_000), *((3, 1.0) if options.quick else (20, 20.0)))

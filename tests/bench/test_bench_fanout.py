@@ -59,11 +59,10 @@ def test_the_benchmark_measures_every_installed_side_and_none_loses_a_byte():
 
 
 def test_an_earlier_checkout_runs_beside_this_one():
-    output, rows = run("--clients", "20", "--rounds", "2", "--sides", "this,floor", "--before", str(ROOT))
+    _, rows = run("--clients", "20", "--rounds", "2", "--sides", "this,floor", "--before", str(ROOT))
     assert "x before" in rows["side"]
     (before,) = (cells for name, cells in rows.items() if name.startswith(BEFORE))
     assert before[rows["side"].index("x before")] == "1.00"
-    assert "accepted x before" in output
 
 
 @pytest.fixture
