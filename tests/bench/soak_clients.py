@@ -22,7 +22,7 @@ from running import ASSETS
 from soak_source import WITHOUT_DOT
 
 ENOUGH_TO_FILL = 280  # polls of 731 bytes, 0.2 MB: more than the buffers on both sides hold
-PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"([0-9.]+)"\}')
+PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"[^"]+"\}')
 
 
 def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
@@ -53,9 +53,8 @@ class Crowd:
         self.order = itertools.count()
         self.seen: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
-        self.delays: Counter[int] = Counter()  # milliseconds from CoinAPI's answer to a steady client
         self.newest = 0  # the counter of the latest poll that any client has seen
-        self.parsed: dict[tuple[tuple[str, ...], bytes], tuple[tuple[int, ...], float]] = {}
+        self.parsed: dict[tuple[tuple[str, ...], bytes], tuple[int, ...]] = {}
         few = max(1, clients // 10)
         self.clients: list[Client] = [Steady(self, number) for number in range(clients - 4 * few)]
         self.clients += [Passing(self, number) for number in range(2 * few)]
@@ -92,22 +91,21 @@ class Crowd:
                 self.wrong[f"a steady client saw poll {client.last} last, it was {last}"] += 1
             client.forget()
 
-    def polls(self, assets: tuple[str, ...], data: bytes) -> tuple[tuple[int, ...], float, int]:
-        """Which whole polls the data is, when the last one was made, and how many bytes that were.
+    def polls(self, assets: tuple[str, ...], data: bytes) -> tuple[tuple[int, ...], int]:
+        """Which whole polls the data is, and how many bytes that were.
 
         Ten clients of a poll get the same bytes: they are taken apart once.
         """
         known = self.parsed.get((assets, data))
         if known:
-            return *known, len(data)
+            return known, len(data)
         counters: list[int] = []
         group: list[bytes] = []
-        made = 0.0
         position = used = 0
         found, _ = parse_frames(data)
         for first, payload in found:
             position += 2 + len(payload)
-            asset_id, counter, at = parse_price(first, payload)
+            asset_id, counter = parse_price(first, payload)
             if not group:
                 counters.append(counter)
             group.append(asset_id.encode())
@@ -115,22 +113,22 @@ class Crowd:
             if counter != counters[-1] or asset_id != expected[len(group) - 1]:
                 raise ValueError(f"poll {counters[-1]} is {b' '.join(group).decode()} {counter}")
             if len(group) == len(expected):
-                made, used, group = at, position, []
+                used, group = position, []
         if group:
             counters.pop()
         if used == len(data):
             if len(self.parsed) > 1000:
                 self.parsed.clear()
-            self.parsed[assets, data] = tuple(counters), made
-        return tuple(counters), made, used
+            self.parsed[assets, data] = tuple(counters)
+        return tuple(counters), used
 
 
-def parse_price(first: int, payload: bytes) -> tuple[str, int, float]:
-    """A price message's asset, counter and time."""
+def parse_price(first: int, payload: bytes) -> tuple[str, int]:
+    """A price message's asset and counter."""
     match = PRICE.fullmatch(payload)
     if first != 0x81 or not match:
         raise ValueError(f"no price message: {first:#x} {payload[:80]!r}")
-    return match[1].decode(), int(match[2]), float(match[3])
+    return match[1].decode(), int(match[2])
 
 
 class Client:
@@ -237,7 +235,7 @@ class Client:
         if not self.last or not self.buffer:
             return
         ping = self.buffer.find(b"\x89\x00")
-        counters, made, used = self.crowd.polls(self.assets, self.buffer if ping < 0 else self.buffer[:ping])
+        counters, used = self.crowd.polls(self.assets, self.buffer if ping < 0 else self.buffer[:ping])
         self.buffer = self.buffer[used:]
         for counter in counters:
             if counter != self.last + 1:
@@ -245,7 +243,7 @@ class Client:
             self.last = counter
         if counters:
             self.crowd.newest = max(self.crowd.newest, self.last)
-            self.polled(len(counters), made)
+            self.crowd.seen["polls checked"] += len(counters)
         if ping >= 0 and used == ping:
             self.parse()
 
@@ -254,22 +252,15 @@ class Client:
         prices = [parse_price(*frame) for frame in found[: len(self.assets)]]
         if len(prices) < len(self.assets):
             return
-        self.last = max(counter for _, counter, _ in prices)
+        self.last = max(counter for _, counter in prices)
         right = [(asset, self.last - (asset == "DOT" and self.last % WITHOUT_DOT == 0)) for asset in self.assets]
-        if [(asset_id, counter) for asset_id, counter, _ in prices] != right:
+        if prices != right:
             raise ValueError(f"snapshot is {prices}")
         self.buffer = self.buffer[sum(2 + len(payload) for _, payload in found[: len(prices)]) :]
-
-    def polled(self, polls: int, made: float) -> None:
-        self.crowd.seen["polls checked"] += polls
 
 
 class Steady(Client):
     """Connects once and misses nothing."""
-
-    def polled(self, polls: int, made: float) -> None:
-        super().polled(polls, made)
-        self.crowd.delays[int((time.monotonic() - made) * 1000)] += 1
 
 
 class Passing(Client):
@@ -367,7 +358,7 @@ class Stalling(Client):
             if first == 0x89:
                 self.send(frame(PONG, payload))
                 continue
-            asset_id, counter, _ = parse_price(first, payload)
+            asset_id, counter = parse_price(first, payload)
             if counter < self.prices.get(asset_id, 0):
                 self.wrong(f"{asset_id} went back from {self.prices[asset_id]} to {counter}")
             self.prices[asset_id] = counter
@@ -452,7 +443,7 @@ def run_crowd(port: int, clients: int, seconds: float) -> None:
     """Until a line on stdin; the result is JSON on stdout."""
     crowd = Crowd(port, clients, seconds)
     crowd.run()
-    result = {"seen": crowd.seen, "wrong": crowd.wrong, "delays": crowd.delays}
+    result = {"seen": crowd.seen, "wrong": crowd.wrong}
     print(json.dumps(result), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The CoinAPI of the soak: its price is a counter of its good answers, its `time` the monotonic clock; it can fail."""
+"""The CoinAPI of the soak: its price is a counter of its good answers; it can fail."""
 
 import json
 import time
@@ -37,7 +37,7 @@ class Source(StandIn):
         rates = dict.fromkeys(ASSETS, float(self.good))
         if self.good % WITHOUT_DOT == 0:
             rates.pop("DOT")
-        self.send(handler, rates_body(rates, at=f"{time.monotonic():.6f}"))
+        self.send(handler, rates_body(rates))
 
     def fail(self, trouble: str, times: int) -> None:
         self.trouble, self.left = trouble, times

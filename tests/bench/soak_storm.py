@@ -15,7 +15,6 @@ import json
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,6 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
@@ -34,6 +32,7 @@ from raw import PING, frame, get, request
 from running import Tracker, wait_for
 from soak_source import Source
 from stand_in import KEY
+from swarm import Swarm
 
 INTERVAL = 0.25  # seconds
 DRIBBLERS, HISTORY_READERS, PINGERS, HERD = 5_000, 1_000, 20, 6_000
@@ -273,36 +272,6 @@ def honest(port: int) -> None:
 # The first process
 
 
-class Clients:
-    """A process of clients: leaves, with all its connections, at the end of the block."""
-
-    def __init__(self, what: str, *numbers: int):
-        command = [sys.executable, __file__, what, *map(str, numbers)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> "Clients":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def ask(self) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.hear()
-
-    def hear(self) -> dict[str, Any]:
-        assert self.process.stdout
-        timer = threading.Timer(HERD_TIMEOUT + 30, self.process.kill)  # whatever happens, this ends
-        timer.start()
-        try:
-            return dict(json.loads(self.process.stdout.readline() or '{"error": "the process ended"}'))
-        finally:
-            timer.cancel()
-
-
 class Storm:
     """Both storms and the herd; `wrong` says what promise broke.
 
@@ -332,7 +301,7 @@ class Storm:
         with (
             Source() as source,
             Tracker("--interval", f"{INTERVAL}", program=program, COIN_API_KEY=KEY, COIN_API_URL=source.url) as tracker,
-            Clients("honest", tracker.port) as honest,
+            Swarm(__file__, "honest", tracker.port) as honest,
         ):
             wait_for(lambda: source.good > 3)
             wait_for(lambda: honest.ask()["prices"], 20.0, "a price for the honest client")
@@ -346,7 +315,7 @@ class Storm:
         print("failed" if self.wrong else "passed")
         return not self.wrong
 
-    def all_phases(self, tracker: Tracker, honest: Clients) -> None:
+    def all_phases(self, tracker: Tracker, honest: Swarm) -> None:
         with urllib.request.urlopen(f"{tracker.http}/history", timeout=10) as answer:
             print(f"/history has {len(answer.read()):,} bytes")
         time.sleep(1.0)  # for the end of that connection
@@ -375,7 +344,7 @@ class Storm:
         self,
         name: str,
         tracker: Tracker,
-        honest: Clients,
+        honest: Swarm,
         before: tuple[int, int, int, float],
         act: Callable[[], str],
     ) -> int:
@@ -413,7 +382,7 @@ class Storm:
         return ""
 
     def storm(self, tracker: Tracker) -> str:
-        with Clients("rude", tracker.port, *self.numbers) as rude:
+        with Swarm(__file__, "rude", tracker.port, *self.numbers) as rude:
             seen = rude.hear()
             if "error" not in seen:  # all have connected
                 time.sleep(self.seconds)
@@ -426,7 +395,7 @@ class Storm:
 
     def all_at_once(self, tracker: Tracker) -> str:
         began = time.monotonic()
-        with Clients("herd", tracker.port, self.herd) as clients:
+        with Swarm(__file__, "herd", tracker.port, self.herd) as clients:
             seen = clients.hear()
             while "error" not in seen and seen.get("served", 0) + seen.get("lost", 0) < self.herd:
                 if time.monotonic() > began + HERD_TIMEOUT:

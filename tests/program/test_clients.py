@@ -12,7 +12,6 @@ import selectors
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -23,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from raw import request, reset, visit
-from running import ASSETS, ROOT, Tracker, wait_for
+from running import ASSETS, Tracker, wait_for
 from stand_in import KEY, StandIn
+from swarm import Swarm
 
 UPGRADE = request()
 GOODBYE = b"\x88\x14\x03\xe9server is stopping"  # close frame, 1001
@@ -96,7 +95,7 @@ def reset_at_once(port: int) -> None:
 
 
 def dribble(port: int, number: int = 500, seconds: float = 1.5) -> None:
-    """Half handshakes, a byte at a time; prints how long the last of them lived."""
+    """Half handshakes, a byte at a time."""
     open_ = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(number)]
     began = time.monotonic()
     octet = iter(UPGRADE[:-2] + b"X: x\r\n" * 1_000)
@@ -108,7 +107,6 @@ def dribble(port: int, number: int = 500, seconds: float = 1.5) -> None:
             except OSError:
                 open_.remove(sock)
         time.sleep(0.02)
-    print(json.dumps([len(open_), time.monotonic() - began]), flush=True)
 
 
 def send_garbage_requests(port: int) -> None:
@@ -170,7 +168,7 @@ def leave_together(port: int) -> None:
 def storm(port: int) -> None:
     """Connect as fast as it goes, with some half handshakes, until there is no server any more."""
     half = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(100)]
-    print("ready", flush=True)
+    say("ready")
 
     def run(_: int) -> None:
         clients = []
@@ -189,30 +187,27 @@ def be_stuck_and_silent(port: int) -> None:
     """100 full sockets and 100 that never say anything, not even a close."""
     silent, stuck = [[connect(port, 4096) for _ in range(100)] for _ in range(2)]
     flood(stuck, masked(9, b"x" * 125) * 100, 0.6)
-    print("ready", flush=True)
+    say("ready")
     sys.stdin.read()
     del silent
 
 
 def hold(port: int, number: int) -> None:
-    """Honest clients: say "ready" when all are connected, read to the end, print the number of each kind of end.
+    """Honest clients: say "ready" when all are served, read to the end, say the number of each kind of end.
 
     They leave in the same moment when the standard input ends.
     """
     tails: dict[socket.socket, bytes] = {}
     ends: Counter[str] = Counter()
-    opened = upgraded = 0
     with selectors.DefaultSelector() as selector:
+        for _ in range(number):
+            sock = connect(port)
+            tails[sock] = sock.recv(1)
+            selector.register(sock, selectors.EVENT_READ)
+        say("ready")
         selector.register(sys.stdin, selectors.EVENT_READ)
-        deadline = time.monotonic() + 60
-        while sum(ends.values()) < number and time.monotonic() < deadline:
-            while opened < number and opened - upgraded < 100:
-                sock = connect(port)
-                opened += 1
-                tails[sock] = b""
-                sock.setblocking(False)
-                selector.register(sock, selectors.EVENT_READ)
-            for key, _ in selector.select(1):
+        while tails:
+            for key, _ in selector.select():
                 if key.fileobj is sys.stdin:
                     os._exit(0)
                 sock = key.fileobj  # type: ignore[assignment]
@@ -221,16 +216,16 @@ def hold(port: int, number: int) -> None:
                 except ConnectionResetError:
                     data = b""
                 if data:
-                    if not tails[sock]:
-                        upgraded += 1
-                        if upgraded == number:
-                            print("ready", flush=True)
                     tails[sock] = (tails[sock] + data)[-len(GOODBYE) :]
                 else:
                     ends["close 1001" if tails.pop(sock) == GOODBYE else "other"] += 1
                     selector.unregister(sock)
                     sock.close()
-    print(json.dumps(ends), flush=True)
+    say(ends)
+
+
+def say(what: object) -> None:
+    print(json.dumps(what), flush=True)
 
 
 class Lateness:
@@ -262,44 +257,6 @@ class Lateness:
         """Whether a wait of so many seconds keeps the promise."""
         print(f"took {seconds:.3f} s of {promised} s; this process woke up to {self.longest:.3f} s late")
         return seconds <= promised + self.FACTOR * self.longest
-
-
-class Swarm:
-    """`with Swarm(hold, port, 8_000) as swarm:` runs the hostile side until the block ends."""
-
-    def __init__(self, kind: Callable[..., None], port: int, *numbers: int):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, kind.__name__, str(port), *map(str, numbers)],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdin
-        assert self.process.stdout
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-
-    def __enter__(self) -> "Swarm":
-        return self
-
-    def wait_until_ready(self) -> None:
-        assert self.stdout.readline() == "ready\n"
-
-    def leave(self) -> None:
-        self.stdin.close()
-        self.process.wait(10)
-
-    def result(self) -> Any:
-        """What it printed at its end; None for nothing."""
-        line = self.stdout.readline()
-        assert self.process.wait(30) == 0
-        return json.loads(line) if line else None
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.stdin.close()
-        self.stdout.close()
 
 
 # Hostile clients beside an honest one
@@ -351,12 +308,12 @@ class Feed:
     def longest_wait_beside(self, kind: Callable[..., None]) -> float:
         """The longest time between two polls at the honest client, in seconds; the bad ones have left then."""
         began = time.monotonic()
-        with Swarm(kind, self.tracker.port) as swarm:
+        with Swarm(__file__, kind.__name__, self.tracker.port) as swarm:
             if kind is leave_together:
-                swarm.wait_until_ready()
-                swarm.leave()
+                assert swarm.hear() == "ready"
+                swarm.end()
             else:
-                swarm.result()
+                assert swarm.process.wait(30) == 0
         wait_for(lambda: clients_at(self.tracker) == 1, what="no bad client left over")
         wait_for(self.is_as_before, what="threads and files back")
         self.wait_for_polls(1)
@@ -495,33 +452,33 @@ def stopping() -> Iterator[Callable[[Tracker], None]]:
 
 
 def test_8000_clients_get_close_1001_within_two_seconds_of_a_signal() -> None:
-    with Tracker("--demo") as tracker, Swarm(hold, tracker.port, 8_000) as swarm, stopping() as stop:
+    with Tracker("--demo") as tracker, Swarm(__file__, "hold", tracker.port, 8_000) as swarm, stopping() as stop:
         wait_for_prices(tracker)
         threads = tracker.usage()[0]
-        swarm.wait_until_ready()
+        assert swarm.hear() == "ready"
         assert tracker.usage()[0] <= threads, "a thread per client"
         stop(tracker)
-        assert swarm.result() == {"close 1001": 8_000}
+        assert swarm.hear() == {"close 1001": 8_000}
 
 
 def test_clients_that_are_frozen_stuck_or_silent_do_not_hold_up_a_stop() -> None:
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker("--demo"))
-        bad = stack.enter_context(Swarm(be_stuck_and_silent, tracker.port))
-        good = stack.enter_context(Swarm(hold, tracker.port, 1_000))
+        bad = stack.enter_context(Swarm(__file__, "be_stuck_and_silent", tracker.port))
+        good = stack.enter_context(Swarm(__file__, "hold", tracker.port, 1_000))
         stop = stack.enter_context(stopping())
         wait_for_prices(tracker)
-        bad.wait_until_ready()
-        good.wait_until_ready()
+        assert bad.hear() == "ready"
+        assert good.hear() == "ready"
         bad.process.send_signal(signal.SIGSTOP)
         stop(tracker)
-        assert good.result() == {"close 1001": 1_000}
+        assert good.hear() == {"close 1001": 1_000}
 
 
 def test_a_stop_during_a_handshake_storm_takes_no_longer() -> None:
-    with Tracker("--demo") as tracker, Swarm(storm, tracker.port) as swarm, stopping() as stop:
+    with Tracker("--demo") as tracker, Swarm(__file__, "storm", tracker.port) as swarm, stopping() as stop:
         wait_for_prices(tracker)
-        swarm.wait_until_ready()
+        assert swarm.hear() == "ready"
         wait_for(lambda: tracker.usage()[1] > 300, what="the storm")
         stop(tracker)
 
