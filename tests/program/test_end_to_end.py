@@ -4,10 +4,8 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +19,7 @@ import requests
 from raw import request, visit
 from running import ASSETS, ROOT, Tracker, wait_for
 from stand_in import KEY, RATES, StandIn, rates_body
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 AT = "2021-10-20T21:34:13.0000000Z"
@@ -61,13 +59,6 @@ def test_one_batched_request_a_second_reaches_coinapi_and_every_client_gets_its_
         assert asked.query == {"filter_asset_id": [",".join(ASSETS)], "invert": ["true"]}
         assert asked.headers["X-CoinAPI-Key"] == KEY
     assert KEY not in tracker.text
-
-
-def test_a_client_that_comes_between_two_polls_has_all_ten_at_once(coin_api: StandIn) -> None:
-    with tracking(coin_api, "--interval", "60") as tracker:
-        wait_for(lambda: requests.get(tracker.http + "/healthz", timeout=5).status_code == 200)
-        with feed(tracker) as client:
-            assert [update["asset_id"] for update in poll_of(client)] == list(ASSETS)
 
 
 def test_the_port_is_bound_before_the_first_poll_whatever_coinapi_does(coin_api: StandIn) -> None:
@@ -176,39 +167,6 @@ def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:
 
 
 # Left running
-
-
-def test_killed_and_started_again_at_once_it_binds_and_clients_are_back(coin_api: StandIn) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    options = ("--port", port, "--interval", "0.3")
-    came = [threading.Event() for _ in range(20)]
-    over = threading.Event()
-
-    def follow(event: threading.Event) -> None:
-        while not over.is_set():
-            try:
-                with connect(f"ws://127.0.0.1:{port}/ws") as client:
-                    for _ in client:
-                        event.set()
-            except (OSError, WebSocketException):
-                time.sleep(0.1)
-
-    followers = [threading.Thread(target=follow, args=(event,), daemon=True) for event in came]
-    with tracking(coin_api, *options) as first:
-        for follower in followers:
-            follower.start()
-        wait_for(lambda: all(event.is_set() for event in came), what="prices for all")
-        first.process.kill()
-        first.process.wait()
-    for event in came:
-        event.clear()
-    with tracking(coin_api, *options) as second:
-        wait_for(lambda: all(event.is_set() for event in came), what="all are back")
-        assert requests.get(second.http + "/healthz", timeout=5).json()["clients"] == 20
-        over.set()
-    for follower in followers:
-        follower.join(10)
 
 
 def test_control_c_while_the_program_loads_is_no_traceback(tmp_path: Path) -> None:

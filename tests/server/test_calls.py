@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, honest, parse, prices, request, visit
+from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request, visit
 from rigged import (
     Blocked,
     RiggedServer,
     Socket,
     call,
     call_soon,
-    connections,
     dropped,
     in_thread,
     narrow,
@@ -247,17 +246,6 @@ def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
         assert dropped(timed) == {"failed": 1}
     assert errors == ["a connection failed, and is closed: RuntimeError('this socket fails')"]
     errors.clear()
-
-
-def test_a_visitor_whose_every_step_fails_is_ended(rigged: RiggedServer, errors: list[str]) -> None:
-    with visit(rigged.port, b"GET ") as sock:
-        wait_for(lambda: connections(rigged) == 1)
-        breaks(rigged.listener.accepted[0])
-        sock.sendall(b"/")
-        wait_for(lambda: connections(rigged) == 0)
-    assert len(errors) == 1
-    errors.clear()
-    assert ask(rigged.port, request())[0] == 101
 
 
 @pytest.mark.parametrize("name", ["register", "modify"])

@@ -6,12 +6,11 @@ Where the bytes fall matters, the client's socket takes just so many (`narrow`).
 import json
 import math
 import random
-import threading
 from collections.abc import Callable
 
 import pytest
 from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request
-from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value
+from rigged import RiggedServer, in_thread, narrow, sample, wait_for_value
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate
@@ -102,24 +101,6 @@ def test_a_client_that_comes_during_publishes_misses_nothing(server: PriceServer
     assert len(came) == 49
 
 
-def test_a_publish_in_the_middle_of_another_waits_and_takes_no_price_back_in_time(
-    rigged: RiggedServer, updates: Updates
-) -> None:
-    threads: list[threading.Thread] = []
-
-    def publish_again() -> None:  # while the first client's frames go out
-        if not threads:
-            threads.append(in_thread(lambda: rigged.publish(updates(2.0))))
-            wait_for_calls(rigged, 1)
-
-    with RawClient(rigged.port) as first, RawClient(rigged.port) as second:
-        rigged.listener.accepted[0].before = publish_again
-        rigged.publish(updates(1.0))
-        threads[0].join(10)
-        expected = [(asset, price) for price in (1.0, 2.0) for asset in ASSETS]
-        assert first.prices(20) == second.prices(20) == expected
-
-
 def test_messages_are_counted_exactly_also_those_that_had_to_wait(rigged: RiggedServer, updates: Updates) -> None:
     def sent() -> float:
         return sample(rigged, "messages_sent_total")
@@ -148,30 +129,6 @@ def test_messages_are_counted_exactly_also_those_that_had_to_wait(rigged: Rigged
 
 
 # A full socket
-
-
-@pytest.mark.parametrize("room", [10, 129, 140 + SIZE])
-def test_a_handshake_that_a_full_socket_did_not_take_is_followed_by_the_current_prices(
-    start_server: Start, room: int
-) -> None:
-    server, came = start_server(THREE, RiggedServer), list[RawClient]()
-    for later in (poll(2.0), poll(2.0)[:2], []):
-        server.publish(poll(1.0))
-        server.listener.room = room
-        thread = in_thread(lambda: came.append(RawClient(server.port)))
-        wait_for(lambda: server.clients)
-        server.publish(later)
-        server.listener.accepted[-1].room = math.inf
-        thread.join(10)
-        begun = max(-(-(room - 129) // SIZE), 0)
-        changed = [update.asset_id for update in later]
-        rest = [(each, 2.0 if each in changed else 1.0) for each in THREE[begun:]]
-        again = [(each, 2.0) for each in THREE[:begun] if each in changed]
-        with came.pop() as client:
-            assert client.prices(3 + len(again)) == [(each, 1.0) for each in THREE[:begun]] + rest + again
-            server.disconnect_clients_gracefully()
-            assert client.read_close() == 1000
-        wait_for(lambda: connections(server) == 0)
 
 
 def test_200_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_price(

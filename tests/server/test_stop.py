@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from raw import CLOSE, TEXT, RawClient, frame, get, honest, parse, read_all, request, visit
-from rigged import Blocked, RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value
+from raw import CLOSE, TEXT, RawClient, frame, get, honest, read_all, request, visit
+from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -135,34 +135,6 @@ def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "as told")
     server.thread.join(10)
     assert (server.has_ended, returned) == (True, [False])
-
-
-def test_a_server_whose_thread_ends_unasked_says_so_and_releases_all_that_wait(
-    rigged: RiggedServer, updates: Updates, errors: list[str]
-) -> None:
-    released: list[str] = []
-
-    def break_down() -> None:
-        raise RuntimeError("the loop is broken")
-
-    with RawClient(rigged.port) as client:
-        with Blocked(rigged):
-            threads = [
-                in_thread(lambda: released.append(f"publish {rigged.publish(updates(1.0))[0]}")),
-                in_thread(lambda: released.append(f"send {rigged.send_message_to_all('x')}")),
-            ]
-            wait_for_calls(rigged, 2)
-            rigged.listener.accept = break_down  # type: ignore[method-assign, assignment]
-        for thread in threads:
-            thread.join(10)
-        rigged.thread.join(10)
-        assert sorted(released) == ["publish BTC", "send None"]
-        assert rigged.has_ended
-        list(parse(client.file.read()))
-    rigged.publish(updates(2.0))
-    assert rigged.clients == []
-    assert errors == ["the server thread failed"]
-    errors.clear()
 
 
 def test_a_start_that_fails_inside_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch, errors: list[str]) -> None:
