@@ -94,6 +94,7 @@ class History:
                     "each range needs a name and a step that no other has"
                 )
         self._wall_clock = wall_clock
+        self.names = tuple(span.name for span in ranges)
         self._ranges = {span.name: _RangePoints(span, assets) for span in ranges}
         self._by_step = {points.span.step: points for points in self._ranges.values()}
 

@@ -1,7 +1,6 @@
 /* The benchmark's readers in C: opens N WebSocket connections, and counts or compares every byte that comes.
  *
- * bench_fanout.py compiles and runs it. Does what bench_crowd.py does, told in the same lines of JSON on
- * stdin; a Python loop opens connections no faster than the servers accept them. Linux only: epoll.
+ * bench_fanout.py compiles and runs it, and tells it in lines of JSON on stdin what to do. A Python loop opens connections no faster than the servers accept them. Linux only: epoll.
  */
 
 #define _GNU_SOURCE

@@ -1,7 +1,7 @@
 """Measure what one poll costs with N clients: this server, what people would use instead, and the floor.
 
     python tests/bench/bench_fanout.py [--clients 100,1000,8000] [--rounds 15] [--sides this,picows] [--quick]
-                                 [--before DIR] [--python]
+                                 [--before DIR]
 
 Each side is a server process of its own (bench_sides.py) and has a reader process of its own, which
 opens the N connections and does nothing but read. A round is one poll: the side sends the same ten
@@ -11,9 +11,8 @@ CLOCK_MONOTONIC, which is one for the machine. All sides stay connected and take
 noise hits all alike. No side compresses or pings; the messages are made beforehand (this server
 makes its own, timed). In a first round, not timed, every client's bytes must be the expected ones.
 
-The floor and the readers are small C programs, compiled at the start, on Linux with a C compiler;
-elsewhere, and with --python, Python ones, which are slower: the output says which it was. --before
-takes an earlier checkout of this program into the same run: `git worktree add ../before COMMIT`.
+The floor and the readers are small C programs, compiled at the start. --before takes an earlier checkout
+of this program into the same run: `git worktree add ../before COMMIT`.
 
 The table has the median and the worst round, the time as a multiple of this server's, of the earlier
 one's and of the floor's (the median of the multiples in each round: what slows the machine for a
@@ -22,7 +21,7 @@ collection, connected and after one round) and threads. A side that cannot hold 
 says why; one whose package is missing is left out and named. The exit status is 1 when any byte was
 missing or too many. The last sections run the real `tracker.py`, `ab` (Debian's apache2-utils), and
 the past with a year in it (bench_history.py).
-Needs Linux or macOS, psutil, and for `ws` Node with `npm install --prefix .venv ws`.
+Needs Linux, a C compiler, psutil, and for `ws` Node with `npm install --prefix .venv ws`.
 """
 
 import argparse
@@ -69,15 +68,12 @@ class Setup(NamedTuple):
     compiled: dict[str, str]  # the C programs
 
     def server_command(self, side: Side) -> list[str]:
+        if side.name == FLOOR:
+            return [self.compiled[FLOOR], self.frames().hex()]
         if side.serve is None:
             return ["node", "--expose-gc", "-e", WS, json.dumps(self.messages)]
-        if side.name == FLOOR and FLOOR in self.compiled:
-            return [self.compiled[FLOOR], self.frames().hex()]
         directory = self.before if side.name == BEFORE else str(ROOT)
         return [sys.executable, str(HERE / "bench_sides.py"), side.name, directory, json.dumps(self.messages)]
-
-    def crowd_command(self) -> list[str]:
-        return [self.compiled["crowd"]] if "crowd" in self.compiled else [sys.executable, str(HERE / "bench_crowd.py")]
 
     def frames(self) -> bytes:
         """The bytes of one poll."""
@@ -86,7 +82,7 @@ class Setup(NamedTuple):
     def versions(self, sides: Sequence[Side]) -> dict[str, str | None]:
         """Of each side; None for one that is not installed."""
         known = {side.name: installed(side) for side in sides}
-        known[FLOOR] = "in C" if FLOOR in self.compiled else "in Python"
+        known[FLOOR] = "in C"
         if self.before:
             git = ["git", "-C", self.before, "log", "-1", "--format=%h"]
             known[BEFORE] = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -94,17 +90,11 @@ class Setup(NamedTuple):
 
 
 def compile_programs(directory: str) -> dict[str, str]:
-    """The paths of the floor and the crowd in C; none where there is no compiler or no epoll."""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None or platform.system() != "Linux":
-        return {}
+    """The paths of the floor and the crowd. Raises CalledProcessError or FileNotFoundError."""
     programs = {name: str(Path(directory) / name) for name in (FLOOR, "crowd")}
     for name, program in programs.items():
-        command = [compiler, "-O2", "-Wall", "-Wextra", "-o", program, str(HERE / f"bench_{name}.c"), "-lm"]
-        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        print(result.stderr, end="", file=sys.stderr)
-        if result.returncode:
-            return {}
+        command = ["cc", "-O2", "-Wall", "-Wextra", "-o", program, str(HERE / f"bench_{name}.c"), "-lm"]
+        subprocess.run(command, check=True)
     return programs
 
 
@@ -162,7 +152,7 @@ class Crowd(Child):
     """The reader process with the clients of one server."""
 
     def __init__(self, stack: ExitStack, setup: Setup, in_flight: int, port: int = 0):
-        super().__init__(stack, *setup.crowd_command())
+        super().__init__(stack, setup.compiled["crowd"])
         self.setup = setup
         self.in_flight = in_flight
         self.port = port
@@ -311,22 +301,6 @@ def compare(contenders: Sequence[Contender], versions: dict[str, str | None], cl
     print_table(f"{clients:,} clients, {rounds} rounds", head, *rows, notes=notes)
 
 
-def show_growth(measured: Sequence[tuple[int, dict[str, Contender]]]) -> None:
-    """This server at each N, and how it compares with the one before."""
-    rows = []
-    for clients, sides in measured:
-        this, before = sides[THIS], sides.get(BEFORE)
-        median = statistics.median(this.times)
-        row = [f"{clients:,}", milliseconds(median), f"{median / clients * 1e6:.1f}"]
-        row += [f"{this.memory / 1024:.2f}", f"{this.threads:+d}", f"{clients / this.connecting:,.0f}"]
-        if before:
-            row += [f"{multiple(this.times, before.times):.2f}", f"{before.connecting / this.connecting:.2f}"]
-        rows.append(row)
-    head = ["clients", "median ms", "microseconds per client", "KiB per client", "threads added", "accepted/s"]
-    head += ["time x before", "accepted x before"] if len(rows[0]) > len(head) else []
-    print_table("This server: how it grows", head, *rows)
-
-
 def show_requests(setup: Setup, rounds: int, requests: int) -> None:
     """What `ab` makes of `/prices/BTC`, this server and the one before in turns."""
     if shutil.which("ab") is None:
@@ -442,7 +416,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="timed polls for each number of clients (default: 15)")
     parser.add_argument("--sides", default="", metavar="this,floor", help="first letters of the sides (default: all)")
     parser.add_argument("--before", default="", metavar="DIR", help="an earlier checkout of this program, to compare")
-    parser.add_argument("--python", action="store_true", help="floor and readers in Python, compiler or not")
     parser.add_argument("--quick", action="store_true", help="measure tracker and requests for a moment only")
     options = parser.parse_args(argv)
     if options.before and not (Path(options.before) / "tracker.py").is_file():
@@ -470,17 +443,11 @@ def measure(setup: Setup, options: argparse.Namespace) -> bool:
     print()
     numbers = [int(number) for number in options.clients.split(",")]
     whole = True
-    measured: list[tuple[int, dict[str, Contender]]] = []
     try:
         for clients in numbers:
             contenders = fan_out(sides, setup, clients, options.rounds)
             compare(contenders, versions, clients, len(setup.messages))
             whole &= not any(each.failed for each in contenders)
-            sound = {each.name: each for each in contenders if not each.reason}
-            if THIS in sound:
-                measured.append((clients, sound))
-        if measured:
-            show_growth(measured)
         show_requests(setup, *((1, 200) if options.quick else (7, 3_000)))
         show_stalled(setup, max(numbers), options.rounds)
         show_tracker(setup, min(max(numbers), 1_000), *((3, 1.0) if options.quick else (20, 20.0)))
@@ -505,9 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Python {platform.python_version()}."
     )
     with tempfile.TemporaryDirectory() as directory:
-        compiled = {} if options.python else compile_programs(directory)
-        print(f"The floor and the readers are programs in {'C' if compiled else 'Python'}.")
-        whole = measure(Setup(messages, options.before, compiled), options)
+        whole = measure(Setup(messages, options.before, compile_programs(directory)), options)
     print("Every client got every byte." if whole else "FAILED: not every client got every byte.")
     return int(not whole)
 

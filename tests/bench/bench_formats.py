@@ -21,18 +21,16 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from bench_sides import raise_file_limit
+from raw import get, request
+from running import ASSETS
 
 from coin_api import PriceUpdate
 from price_server import PriceServer, connection, hub
 
-ASSETS = ("BTC", "ETH", "XRP", "BCH", "ADA", "LTC", "LINK", "XLM", "DOT", "SOL")
-UPGRADE = (
-    "GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
-STREAM = "GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n"
+UPGRADE, STREAM = request().decode(), get("/stream").decode()
 PAUSE = 0.3  # seconds between two polls, in which the readers read
 
 
@@ -76,10 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     raise_file_limit()
     hub.HEARTBEAT_INTERVAL = connection.SLOW_CLIENT_TIMEOUT = math.inf  # readers that never answer or read stay
-    half, updates = (
-        options.clients // 2,
-        [PriceUpdate(asset, 45000.0, "2026-11-22T07:44:05.1234567Z") for asset in ASSETS],
-    )
+    half = options.clients // 2
+    updates = [PriceUpdate(asset, 45000.0, "2026-11-22T07:44:05.1234567Z") for asset in ASSETS]
     with ExitStack() as stack:
         alone, mixed = (PriceServer(ASSETS, max_clients=1_000_000) for _ in range(2))
         for server in (alone, mixed):

@@ -11,10 +11,8 @@ import json
 import math
 import os
 import resource
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"NODE_PATH": str(ROOT / ".venv" / "node_modules")} | os.environ
 HOST = "127.0.0.1"
-ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455, 1.3
 IN_FLIGHT = 32  # connections being opened at a time
 
 
@@ -52,31 +49,6 @@ def price_server(messages: list[str]) -> None:
         return sum(bool(handler.connection.outbox) for handler in handlers)
 
     asyncio.run(obey(server.port, send, lambda: len(server.clients), behind))
-
-
-def floor(messages: list[str]) -> None:
-    """Nothing but the loop of `send` that no server can do without."""
-    sockets = []
-    listener = socket.create_server((HOST, 0), backlog=1024)
-    frames = b"".join(bytes([0x81, len(message)]) + message.encode() for message in messages)
-
-    def accept() -> None:
-        while True:
-            sock, _ = listener.accept()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.recv(4096)
-            sock.send(
-                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Accept: " + ACCEPT + b"\r\n\r\n"
-            )
-            sockets.append(sock)
-
-    async def send() -> None:
-        for sock in sockets:
-            sock.send(frames)
-
-    threading.Thread(target=accept, daemon=True).start()
-    asyncio.run(obey(listener.getsockname()[1], send, lambda: len(sockets)))
 
 
 def websocket_server(messages: list[str]) -> None:
@@ -191,14 +163,14 @@ async def obey(
 class Side(NamedTuple):
     name: str
     package: str  # what has to be installed; "" for nothing
-    serve: Callable[[list[str]], Any] | None  # None for Node's
+    serve: Callable[[list[str]], Any] | None  # None for those that are no Python
     in_flight: int = IN_FLIGHT
 
 
 SIDES = (
     Side("this server", "", price_server),
     Side("before", "", price_server),  # an earlier checkout
-    Side("floor", "", floor),
+    Side("floor", "", None),  # bench_floor.c
     Side("websocket-server", "websocket-server", websocket_server, in_flight=4),  # its backlog is 5
     Side("websockets", "websockets", websockets),
     Side("aiohttp", "aiohttp", aiohttp),
@@ -210,9 +182,11 @@ THIS, BEFORE, FLOOR = (side.name for side in SIDES[:3])
 
 def installed(side: Side) -> str | None:
     """The version of the side's package ("" when it needs none); None when it is missing."""
+    if not side.package:
+        return ""
     if side.serve is not None:
         try:
-            return importlib.metadata.version(side.package) if side.package else ""
+            return importlib.metadata.version(side.package)
         except importlib.metadata.PackageNotFoundError:
             return None
     command = ["node", "-p", f"require('{side.package}/package.json').version"]
@@ -232,9 +206,11 @@ def serve(name: str, directory: str, messages: str) -> None:
         asyncio.run(started)
 
 
-def raise_file_limit() -> None:
+def raise_file_limit() -> int:
+    """As far as allowed; how many files may be open then."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
 
 
 if __name__ == "__main__":

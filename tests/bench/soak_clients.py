@@ -7,27 +7,22 @@ import random
 import re
 import selectors
 import socket
-import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from bench_sides import raise_file_limit
+from raw import BINARY, CLOSE, PING, PONG, TEXT, frame, get, request, reset
 from running import ASSETS
 from soak_source import WITHOUT_DOT
 
 ENOUGH_TO_FILL = 280  # polls of 731 bytes, 0.2 MB: more than the buffers on both sides hold
-PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"([0-9.]+)"\}')
-
-
-def client_frame(first: int, payload: bytes) -> bytes:
-    """One frame as a client sends it, with a mask of zeros."""
-    size = len(payload)
-    length = struct.pack("!B", 0x80 | size) if size < 126 else struct.pack("!BH", 0xFE, size)
-    return bytes([first]) + length + bytes(4) + payload
+PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"[^"]+"\}')
 
 
 def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
@@ -46,18 +41,6 @@ def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
     return found, start
 
 
-def request(path: str = "/ws", **headers: str) -> bytes:
-    fields = {
-        "Host": "127.0.0.1",
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    } | {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-    return "\r\n".join(lines).encode()
-
-
 class Crowd:
     """All the clients, their selector, and what was seen."""
 
@@ -70,9 +53,8 @@ class Crowd:
         self.order = itertools.count()
         self.seen: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
-        self.delays: Counter[int] = Counter()  # milliseconds from CoinAPI's answer to a steady client
         self.newest = 0  # the counter of the latest poll that any client has seen
-        self.parsed: dict[tuple[tuple[str, ...], bytes], tuple[tuple[int, ...], float]] = {}
+        self.parsed: dict[tuple[tuple[str, ...], bytes], tuple[int, ...]] = {}
         few = max(1, clients // 10)
         self.clients: list[Client] = [Steady(self, number) for number in range(clients - 4 * few)]
         self.clients += [Passing(self, number) for number in range(2 * few)]
@@ -109,22 +91,21 @@ class Crowd:
                 self.wrong[f"a steady client saw poll {client.last} last, it was {last}"] += 1
             client.forget()
 
-    def polls(self, assets: tuple[str, ...], data: bytes) -> tuple[tuple[int, ...], float, int]:
-        """Which whole polls the data is, when the last one was made, and how many bytes that were.
+    def polls(self, assets: tuple[str, ...], data: bytes) -> tuple[tuple[int, ...], int]:
+        """Which whole polls the data is, and how many bytes that were.
 
         Ten clients of a poll get the same bytes: they are taken apart once.
         """
         known = self.parsed.get((assets, data))
         if known:
-            return *known, len(data)
+            return known, len(data)
         counters: list[int] = []
         group: list[bytes] = []
-        made = 0.0
         position = used = 0
         found, _ = parse_frames(data)
         for first, payload in found:
             position += 2 + len(payload)
-            asset_id, counter, at = parse_price(first, payload)
+            asset_id, counter = parse_price(first, payload)
             if not group:
                 counters.append(counter)
             group.append(asset_id.encode())
@@ -132,22 +113,22 @@ class Crowd:
             if counter != counters[-1] or asset_id != expected[len(group) - 1]:
                 raise ValueError(f"poll {counters[-1]} is {b' '.join(group).decode()} {counter}")
             if len(group) == len(expected):
-                made, used, group = at, position, []
+                used, group = position, []
         if group:
             counters.pop()
         if used == len(data):
             if len(self.parsed) > 1000:
                 self.parsed.clear()
-            self.parsed[assets, data] = tuple(counters), made
-        return tuple(counters), made, used
+            self.parsed[assets, data] = tuple(counters)
+        return tuple(counters), used
 
 
-def parse_price(first: int, payload: bytes) -> tuple[str, int, float]:
-    """A price message's asset, counter and time."""
+def parse_price(first: int, payload: bytes) -> tuple[str, int]:
+    """A price message's asset and counter."""
     match = PRICE.fullmatch(payload)
     if first != 0x81 or not match:
         raise ValueError(f"no price message: {first:#x} {payload[:80]!r}")
-    return match[1].decode(), int(match[2]), float(match[3])
+    return match[1].decode(), int(match[2])
 
 
 class Client:
@@ -191,18 +172,13 @@ class Client:
         sock = self.socket
         self.crowd.later(seconds, lambda: action() if sock and self.socket is sock else None)
 
-    def forget(self) -> None:
-        """Close the socket as it is."""
+    def forget(self, close: Callable[[socket.socket], object] = socket.socket.close) -> None:
+        """Close the socket as it is; with `reset`, without a goodbye."""
         if self.socket:
             if self.socket in self.crowd.selector.get_map():
                 self.crowd.selector.unregister(self.socket)
-            self.socket.close()
+            close(self.socket)
             self.socket = None
-
-    def reset(self) -> None:
-        if self.socket:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.forget()
 
     def send(self, data: bytes) -> None:
         try:
@@ -255,11 +231,11 @@ class Client:
         while self.buffer[:2] == b"\x89\x00":
             self.buffer = self.buffer[2:]
             self.crowd.seen["pings"] += 1
-            self.send(client_frame(0x8A, b""))
+            self.send(frame(PONG))
         if not self.last or not self.buffer:
             return
         ping = self.buffer.find(b"\x89\x00")
-        counters, made, used = self.crowd.polls(self.assets, self.buffer if ping < 0 else self.buffer[:ping])
+        counters, used = self.crowd.polls(self.assets, self.buffer if ping < 0 else self.buffer[:ping])
         self.buffer = self.buffer[used:]
         for counter in counters:
             if counter != self.last + 1:
@@ -267,7 +243,7 @@ class Client:
             self.last = counter
         if counters:
             self.crowd.newest = max(self.crowd.newest, self.last)
-            self.polled(len(counters), made)
+            self.crowd.seen["polls checked"] += len(counters)
         if ping >= 0 and used == ping:
             self.parse()
 
@@ -276,22 +252,15 @@ class Client:
         prices = [parse_price(*frame) for frame in found[: len(self.assets)]]
         if len(prices) < len(self.assets):
             return
-        self.last = max(counter for _, counter, _ in prices)
+        self.last = max(counter for _, counter in prices)
         right = [(asset, self.last - (asset == "DOT" and self.last % WITHOUT_DOT == 0)) for asset in self.assets]
-        if [(asset_id, counter) for asset_id, counter, _ in prices] != right:
+        if prices != right:
             raise ValueError(f"snapshot is {prices}")
         self.buffer = self.buffer[sum(2 + len(payload) for _, payload in found[: len(prices)]) :]
-
-    def polled(self, polls: int, made: float) -> None:
-        self.crowd.seen["polls checked"] += polls
 
 
 class Steady(Client):
     """Connects once and misses nothing."""
-
-    def polled(self, polls: int, made: float) -> None:
-        super().polled(polls, made)
-        self.crowd.delays[int((time.monotonic() - made) * 1000)] += 1
 
 
 class Passing(Client):
@@ -307,14 +276,14 @@ class Passing(Client):
     def leave(self) -> None:
         match self.crowd.random.randrange(3):
             case 0:
-                self.reset()
+                self.forget(reset)
                 self.again()
             case 1:
                 self.forget()
                 self.again()
             case 2:
                 self.leaving = True
-                self.send(client_frame(0x88, b"\x03\xe8"))
+                self.send(frame(CLOSE, b"\x03\xe8"))
                 self.while_open(4.0, lambda: self.wrong("not hung up on behind a close"))
 
     def parse(self) -> None:
@@ -387,9 +356,9 @@ class Stalling(Client):
         self.buffer = self.buffer[used:]
         for first, payload in found:
             if first == 0x89:
-                self.send(client_frame(0x8A, payload))
+                self.send(frame(PONG, payload))
                 continue
-            asset_id, counter, _ = parse_price(first, payload)
+            asset_id, counter = parse_price(first, payload)
             if counter < self.prices.get(asset_id, 0):
                 self.wrong(f"{asset_id} went back from {self.prices[asset_id]} to {counter}")
             self.prices[asset_id] = counter
@@ -402,35 +371,23 @@ class Stalling(Client):
         self.crowd.later(0.5, self.open)
 
 
-# name: (request or None for a proper one, what follows it, status or close code, or None for "we reset")
-RUDE: dict[str, tuple[bytes | None, bytes, int | None]] = {
+# name: (request, what follows it, status or close code, or None for "we reset")
+RUDE: dict[str, tuple[bytes, bytes, int | None]] = {
     "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"", 400),
     "headers of 40 KB": (b"GET /ws HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", b"", 431),
-    "POST": (b"POST /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", b"", 405),
-    "old version": (request(Sec_WebSocket_Version="8"), b"", 426),
-    "bad key": (request(Sec_WebSocket_Key="abc"), b"", 400),
     "unknown asset": (request("/ws?assets=NOSUCH"), b"", 400),
-    "unknown path": (request("/nowhere"), b"", 404),
-    "/prices": (request("/prices"), b"", 200),
-    "/history": (request("/history"), b"", 200),
-    "/metrics": (request("/metrics"), b"", 200),
+    "/history": (get("/history"), b"", 200),
+    "/metrics": (get("/metrics"), b"", 200),
     "half a request, reset": (request()[:60], b"", None),
     "half a request, silence": (request()[:60], b"", 0),
-    "no mask": (None, b"\x81\x01a", 1002),
-    "reserved bit": (None, client_frame(0xC1, b"a"), 1002),
-    "unknown opcode": (None, client_frame(0x83, b"a"), 1002),
-    "ping of 126 bytes": (None, client_frame(0x89, b"a" * 126), 1002),
-    "ping in fragments": (None, client_frame(0x09, b"a"), 1002),
-    "length not minimal": (None, b"\x81\xfe\x00\x01\x00\x00\x00\x00a", 1002),
-    "continuation of nothing": (None, client_frame(0x80, b"a"), 1002),
-    "2 GiB announced": (None, b"\x82\xff\x00\x00\x00\x00\x80\x00\x00\x00", 1009),
-    "not UTF-8": (None, client_frame(0x81, b"\xff\xfe"), 1007),
-    "close code 1005": (None, client_frame(0x88, b"\x03\xed"), 1002),
-    "a good close": (None, client_frame(0x88, b"\x0f\xa0bye"), 4000),
-    "60 KB of text, close": (None, client_frame(0x81, b"a" * 60_000) + client_frame(0x88, b"\x03\xe8"), 1000),
-    "500 pings, reset": (None, client_frame(0x89, b"ping") * 500, None),
-    "half a frame, reset": (None, client_frame(0x81, b"a" * 100)[:50], None),
-    "random bytes, reset": (None, random.Random(7).randbytes(500), None),
+    "no mask": (request(), frame(TEXT, b"a", masked=False), 1002),
+    "2 GiB announced": (request(), frame(BINARY, length=b"\x7f" + (1 << 31).to_bytes(8, "big")), 1009),
+    "not UTF-8": (request(), frame(TEXT, b"\xff\xfe"), 1007),
+    "a good close": (request(), frame(CLOSE, b"\x0f\xa0bye"), 4000),
+    "60 KB of text, close": (request(), frame(TEXT, b"a" * 60_000) + frame(CLOSE, b"\x03\xe8"), 1000),
+    "500 pings, reset": (request(), frame(PING, b"ping") * 500, None),
+    "half a frame, reset": (request(), frame(TEXT, b"a" * 100)[:50], None),
+    "random bytes, reset": (request(), random.Random(7).randbytes(500), None),
 }
 
 
@@ -440,7 +397,7 @@ class Rude(Client):
     def open(self, head: bytes | None = None) -> None:
         self.name, (head, self.then, self.right) = list(RUDE.items())[(self.opened + self.number) % len(RUDE)]
         self.all = b""
-        super().open(request() if head is None else head)
+        super().open(head)
         if self.right is None:
             self.while_open(0.5, self.done)
         else:  # silence is cut off after 10 s
@@ -457,7 +414,7 @@ class Rude(Client):
 
     def done(self) -> None:
         self.crowd.seen["rude acts"] += 1
-        self.reset()
+        self.forget(reset)
         self.crowd.later(self.crowd.random.uniform(0.1, 1.0), self.open)
 
     def late(self) -> None:
@@ -486,20 +443,8 @@ def run_crowd(port: int, clients: int, seconds: float) -> None:
     """Until a line on stdin; the result is JSON on stdout."""
     crowd = Crowd(port, clients, seconds)
     crowd.run()
-    result = {"seen": crowd.seen, "wrong": crowd.wrong, "delays": crowd.delays}
+    result = {"seen": crowd.seen, "wrong": crowd.wrong}
     print(json.dumps(result), flush=True)
-
-
-def raise_file_limit() -> int:
-    """As far as allowed; how many files may be open then."""
-    try:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, ValueError, OSError):
-        return 0  # not known: the clients say so when it is too low
-    return hard
 
 
 if __name__ == "__main__":

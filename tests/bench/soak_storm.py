@@ -15,7 +15,6 @@ import json
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,39 +22,41 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import psutil
+from bench_sides import raise_file_limit
+from raw import PING, frame, get, request
 from running import Tracker, wait_for
-from soak_clients import client_frame, raise_file_limit, request
 from soak_source import Source
 from stand_in import KEY
+from swarm import Swarm
 
 INTERVAL = 0.25  # seconds
 DRIBBLERS, HISTORY_READERS, PINGERS, HERD = 5_000, 1_000, 20, 6_000
 SPARE_FILES = 200  # of the tracker and of the processes with the clients
 DRIBBLE = 0.5  # seconds between two bytes: 20 of them until the server's 10 s are over
 HALF = request()[:100]
-PINGS = client_frame(0x89, b"") * 700
+PINGS = frame(PING) * 700
 THINK = 0.3  # seconds from a herd client's connection until its request
 HERD_TIMEOUT = 30.0  # seconds
 SETTLE = 20.0  # seconds until files are back to their number
 MEMORY_ROOM = 2_000_000  # bytes that a second storm may add
 
 
-# The clients that mean no good
+# Those that mean no good, and those that all come at once
 
 
-class Rude:
-    """A connection of one kind; `storm` keeps the selector, the delayed steps and the count of what was seen."""
+class Visitor:
+    """A connection of one kind; `crowd` keeps the selector, the delayed steps and the count of what was seen."""
 
     kind = ""
     receive_buffer = 0  # bytes, 0 for the default
 
-    def __init__(self, storm: "RudeClients"):
-        self.storm = storm
+    def __init__(self, crowd: "Crowd"):
+        self.crowd = crowd
         self.life = 0  # which connection this is
         self.open()
 
@@ -64,16 +65,17 @@ class Rude:
         self.sock.setblocking(False)
         if self.receive_buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
-        self.sock.connect_ex(("127.0.0.1", self.storm.port))
-        self.storm.selector.register(self.sock, selectors.EVENT_WRITE, self)
+        self.sock.connect_ex(("127.0.0.1", self.crowd.port))
+        self.crowd.selector.register(self.sock, selectors.EVENT_WRITE, self)
         self.connected = False
 
     def serve(self, events: int) -> None:
         try:
             if not self.connected:
-                self.storm.seen[f"{self.kind} connections"] += 1
-                self.storm.awaited -= self.life == 0
+                self.crowd.seen[f"{self.kind} connections"] += 1
+                self.crowd.awaited -= self.life == 0
                 self.connected = True
+                self.crowd.selector.modify(self.sock, selectors.EVENT_READ, self)
                 self.begin()
             else:
                 self.go_on(events)
@@ -87,6 +89,7 @@ class Rude:
 
     def go_on(self, events: int) -> None:
         """The socket is ready for what the selector watches."""
+        self.read()
 
     def read(self) -> bytes:
         data = self.sock.recv(1 << 16)
@@ -96,28 +99,24 @@ class Rude:
 
     def hung_up_on(self) -> None:
         """The server wants no more of it: again, a bit later."""
-        self.storm.seen[f"{self.kind} connections ended by the server"] += 1
-        self.storm.selector.unregister(self.sock)
+        self.crowd.seen[f"{self.kind} connections ended by the server"] += 1
+        self.crowd.selector.unregister(self.sock)
         self.sock.close()
         self.connected = False
         self.life += 1
-        self.storm.later(self)
+        self.crowd.later(self)
 
     def later(self) -> None:
-        """DRIBBLE seconds after `storm.later`."""
+        """The crowd's pause after `crowd.later`."""
         self.open()
 
 
-class Dribbler(Rude):
+class Dribbler(Visitor):
     kind = "half request"
 
     def begin(self) -> None:
         self.sent = 0
-        self.storm.selector.modify(self.sock, selectors.EVENT_READ, self)
         self.later()
-
-    def go_on(self, events: int) -> None:
-        self.read()
 
     def later(self) -> None:
         if not self.connected:
@@ -129,26 +128,25 @@ class Dribbler(Rude):
             except OSError:
                 return  # the selector tells
             self.sent += 1
-        self.storm.later(self)
+        self.crowd.later(self)
 
 
-class HistoryReader(Rude):
+class HistoryReader(Visitor):
     kind = "history"
     receive_buffer = 4096
 
     def begin(self) -> None:
-        self.sock.send(request("/history"))
-        self.storm.selector.unregister(self.sock)  # never another look at it
+        self.sock.send(get("/history"))
+        self.crowd.selector.unregister(self.sock)  # never another look at it
 
 
-class Pinger(Rude):
+class Pinger(Visitor):
     kind = "ping"
 
     def begin(self) -> None:
         self.position = 0
         self.upgraded = False
         self.sock.send(request())
-        self.storm.selector.modify(self.sock, selectors.EVENT_READ, self)
 
     def go_on(self, events: int) -> None:
         if events & selectors.EVENT_READ:
@@ -157,109 +155,75 @@ class Pinger(Rude):
                 if not data.startswith(b"HTTP/1.1 101 "):
                     raise ConnectionError
                 self.upgraded = True
-                self.storm.selector.modify(self.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self)
+                self.crowd.selector.modify(self.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self)
         if events & selectors.EVENT_WRITE:
             sent = self.sock.send(memoryview(PINGS)[self.position :])
             self.position = (self.position + sent) % len(PINGS)
-            self.storm.seen["bytes of pings"] += sent
+            self.crowd.seen["bytes of pings"] += sent
 
 
-class RudeClients:
-    """All of them in one loop: a line on stdout when all have connected; one on stdin, and what was seen, as JSON."""
+class Newcomer(Visitor):
+    """Asks a pause after it has connected, and is served when it has a price."""
 
-    def __init__(self, port: int, dribblers: int, readers: int, pingers: int):
-        self.port = port
+    kind = "herd"
+
+    def begin(self) -> None:
+        self.received = b""
+        self.crowd.later(self)
+
+    def later(self) -> None:
+        self.sock.send(request())
+
+    def go_on(self, events: int) -> None:
+        self.received += self.read()
+        if b'"asset_id"' in self.received and self.received.startswith(b"HTTP/1.1 101 "):
+            self.crowd.selector.unregister(self.sock)
+            self.crowd.seen["served"] += 1
+
+    def hung_up_on(self) -> None:
+        self.crowd.selector.unregister(self.sock)
+        self.crowd.seen["lost"] += 1
+
+
+class Crowd:
+    """All of them in one loop: a line on stdout when all have connected; for each on stdin, what was seen, as JSON.
+
+    pause: seconds until a delayed step.
+    """
+
+    def __init__(self, port: int, pause: float, kinds: list[type[Visitor]]):
+        self.port, self.pause, self.coming = port, pause, kinds
         self.selector = selectors.DefaultSelector()
-        self.delayed: deque[tuple[float, Rude, int]] = deque()  # all by the same time, so in order
+        self.delayed: deque[tuple[float, Visitor, int]] = deque()  # all by the same time, so in order
         self.seen: Counter[str] = Counter()
-        self.coming = [*[Dribbler] * dribblers, *[HistoryReader] * readers]
-        self.first = [Pinger] * pingers
-        self.awaited = dribblers + readers + pingers  # that have not connected yet
+        self.awaited = len(kinds)  # that have not connected yet
 
-    def later(self, client: Rude) -> None:
-        self.delayed.append((time.monotonic() + DRIBBLE, client, client.life))
+    def later(self, visitor: Visitor) -> None:
+        self.delayed.append((time.monotonic() + self.pause, visitor, visitor.life))
 
     def run(self) -> None:
-        clients: list[Rude] = [kind(self) for kind in self.first]
+        visitors: list[Visitor] = []
         self.selector.register(sys.stdin, selectors.EVENT_READ)
         ready = False
         while True:
-            clients += [kind(self) for kind in self.coming[-50:]]  # so that what is open goes on meanwhile
+            visitors += [kind(self) for kind in self.coming[-50:]]  # so that what is open goes on meanwhile
             del self.coming[-50:]
             if not ready and self.awaited == 0:
                 ready = True
                 print("{}", flush=True)
             delay = self.delayed[0][0] - time.monotonic() if self.delayed else 0.1
             for key, events in self.selector.select(0 if self.coming else max(delay, 0)):
-                if key.data is None:
-                    print(json.dumps(self.seen), flush=True)
+                if key.data is not None:
+                    key.data.serve(events)
+                elif not sys.stdin.readline():
                     return
-                key.data.serve(events)
+                else:
+                    print(json.dumps(self.seen), flush=True)
             now = time.monotonic()
             while self.delayed and self.delayed[0][0] <= now:
-                _, client, life = self.delayed.popleft()
-                if client.life == life:  # not for a connection that has ended meanwhile
-                    client.later()
-
-
-# Those that all come at once
-
-
-class Herd:
-    """Connects that many within a second; each asks 0.3 s later, and is served when it has a price."""
-
-    def __init__(self, port: int, clients: int):
-        self.port = port
-        self.clients = clients
-        self.selector = selectors.DefaultSelector()
-        self.asking: deque[tuple[float, socket.socket]] = deque()  # when each sends its request
-        self.received: dict[socket.socket, bytes] = {}
-        self.served: list[float] = []  # seconds from the start
-        self.lost: Counter[str] = Counter()
-        self.start = time.monotonic()
-
-    def run(self) -> None:
-        """Until all are served or lost, then what was seen, as JSON; all stay until stdin ends."""
-        begun = 0
-        while len(self.served) + self.lost.total() < self.clients and time.monotonic() < self.start + HERD_TIMEOUT:
-            while begun < self.clients and time.monotonic() - self.start >= begun / self.clients:
-                self.begin()
-                begun += 1
-            for key, events in self.selector.select(0.001):
-                try:
-                    self.serve(key.data, events)
-                except OSError as error:
-                    self.lost[str(error)] += 1
-                    self.selector.unregister(key.data)
-            while self.asking and self.asking[0][0] <= time.monotonic():
-                try:
-                    self.asking.popleft()[1].send(request())
-                except OSError:
-                    pass  # `recv` tells
-        result = {"served": len(self.served), "last": max(self.served, default=0.0), "lost": self.lost}
-        print(json.dumps(result), flush=True)
-        sys.stdin.read()
-
-    def begin(self) -> None:
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.connect_ex(("127.0.0.1", self.port))
-        self.selector.register(sock, selectors.EVENT_WRITE, sock)
-
-    def serve(self, sock: socket.socket, events: int) -> None:
-        if events & selectors.EVENT_WRITE:  # it is connected
-            self.asking.append((time.monotonic() + THINK, sock))
-            self.selector.modify(sock, selectors.EVENT_READ, sock)
-            self.received[sock] = b""
-            return
-        data = sock.recv(4096)
-        self.received[sock] += data
-        head, end, rest = self.received[sock].partition(b"\r\n\r\n")
-        if not data or (end and not head.startswith(b"HTTP/1.1 101 ")):
-            raise ConnectionError(f"answered {head[:30].decode()!r}")
-        if b'"asset_id"' in rest:
-            self.selector.unregister(sock)
-            self.served.append(time.monotonic() - self.start)
+                _, visitor, life = self.delayed.popleft()
+                if visitor.life == life:  # not for a connection that has ended meanwhile
+                    visitor.later()
 
 
 # The honest one
@@ -308,36 +272,6 @@ def honest(port: int) -> None:
 # The first process
 
 
-class Clients:
-    """A process of clients: leaves, with all its connections, at the end of the block."""
-
-    def __init__(self, what: str, *numbers: int):
-        command = [sys.executable, __file__, what, *map(str, numbers)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> "Clients":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def ask(self) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.hear()
-
-    def hear(self) -> dict[str, Any]:
-        assert self.process.stdout
-        timer = threading.Timer(HERD_TIMEOUT + 30, self.process.kill)  # whatever happens, this ends
-        timer.start()
-        try:
-            return dict(json.loads(self.process.stdout.readline() or '{"error": "the process ended"}'))
-        finally:
-            timer.cancel()
-
-
 class Storm:
     """Both storms and the herd; `wrong` says what promise broke.
 
@@ -367,7 +301,7 @@ class Storm:
         with (
             Source() as source,
             Tracker("--interval", f"{INTERVAL}", program=program, COIN_API_KEY=KEY, COIN_API_URL=source.url) as tracker,
-            Clients("honest", tracker.port) as honest,
+            Swarm(__file__, "honest", tracker.port) as honest,
         ):
             wait_for(lambda: source.good > 3)
             wait_for(lambda: honest.ask()["prices"], 20.0, "a price for the honest client")
@@ -381,7 +315,7 @@ class Storm:
         print("failed" if self.wrong else "passed")
         return not self.wrong
 
-    def all_phases(self, tracker: Tracker, honest: Clients) -> None:
+    def all_phases(self, tracker: Tracker, honest: Swarm) -> None:
         with urllib.request.urlopen(f"{tracker.http}/history", timeout=10) as answer:
             print(f"/history has {len(answer.read()):,} bytes")
         time.sleep(1.0)  # for the end of that connection
@@ -410,7 +344,7 @@ class Storm:
         self,
         name: str,
         tracker: Tracker,
-        honest: Clients,
+        honest: Swarm,
         before: tuple[int, int, int, float],
         act: Callable[[], str],
     ) -> int:
@@ -448,12 +382,11 @@ class Storm:
         return ""
 
     def storm(self, tracker: Tracker) -> str:
-        with Clients("rude", tracker.port, *self.numbers) as rude:
+        with Swarm(__file__, "rude", tracker.port, *self.numbers) as rude:
             seen = rude.hear()
             if "error" not in seen:  # all have connected
                 time.sleep(self.seconds)
                 seen = rude.ask()
-                rude.process.wait(30)
         if "error" in seen:
             self.check(False, f"the rude clients did not all connect: {seen['error']}")
             return ""
@@ -461,10 +394,17 @@ class Storm:
         return ", ".join(f"{number:,} {what}" for what, number in seen.items())
 
     def all_at_once(self, tracker: Tracker) -> str:
-        with Clients("herd", tracker.port, self.herd) as clients:
+        began = time.monotonic()
+        with Swarm(__file__, "herd", tracker.port, self.herd) as clients:
             seen = clients.hear()
-        self.check(seen["served"] == self.herd, f"{self.herd - seen['served']} of {self.herd} were not served")
-        return f"{seen['served']:,} of {self.herd:,} served, the last after {seen['last']:.2f} s {seen['lost'] or ''}"
+            while "error" not in seen and seen.get("served", 0) + seen.get("lost", 0) < self.herd:
+                if time.monotonic() > began + HERD_TIMEOUT:
+                    break
+                time.sleep(0.02)
+                seen = clients.ask()
+        served = seen.get("served", 0)
+        self.check(served == self.herd, f"{self.herd - served} of {self.herd} were not served: {seen}")
+        return f"{served:,} of {self.herd:,} served, the last after {time.monotonic() - began:.2f} s"
 
     def stop(self, tracker: Tracker) -> None:
         started = time.monotonic()
@@ -482,8 +422,10 @@ if __name__ == "__main__":
     what, numbers = sys.argv[1], [int(number) for number in sys.argv[2:]]
     match what:
         case "rude":
-            RudeClients(*numbers).run()
+            port, dribblers, readers, pingers = numbers
+            Crowd(port, DRIBBLE, [Dribbler] * dribblers + [HistoryReader] * readers + [Pinger] * pingers).run()
         case "herd":
-            Herd(*numbers).run()
+            port, number = numbers
+            Crowd(port, THINK, [Newcomer] * number).run()
         case "honest":
             honest(*numbers)

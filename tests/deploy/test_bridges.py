@@ -43,7 +43,7 @@ class Received:
 
 
 class Broker:
-    """A real broker at a fixed port, which a test ends and starts again."""
+    """`with Broker(...) as broker:` runs a real one at a fixed port; a test may end it and start it again."""
 
     def __init__(self, *command: object, port: int):
         self.command, self.port = [str(part) for part in command], port
@@ -55,6 +55,13 @@ class Broker:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def __enter__(self) -> "Broker":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 def nats_server(_: Path, port: int) -> Broker:
@@ -142,51 +149,42 @@ def test_no_old_price_is_sent_after_an_outage_of_the_broker_and_the_bridge_comes
     setting: str,
 ) -> None:
     port, received = free_port(), Received()
-    broker = make_broker(tmp_path, port)
-    broker.start()
     url = {setting: f"{setting[:4].lower()}://127.0.0.1:{port}"}
-    try:
-        with (
-            Tracker("--demo", "--assets", "BTC,ETH", "--interval", str(INTERVAL)) as tracker,
-            running(name, tracker, **url),
-            subscriber(port, received),
-        ):
-            received.clear_and_wait("prices through the broker")
-            broker.stop()
-            time.sleep(4 * INTERVAL)  # how long it is gone is the point
-            broker.start()
-            received.clear_and_wait("prices after the broker was ended")
-            assert max(age for _, age in received.prices) < 2 * INTERVAL
-
-            broker.process.send_signal(signal.SIGSTOP)
-            time.sleep(6 * INTERVAL)
-            received.prices.clear()
-            broker.process.send_signal(signal.SIGCONT)
-            wait_for(lambda: len(received.prices) > 8, what="prices after the broker hung")
-            # What was under way when it hung is in the broker's own socket: one poll.
-            assert sum(age > 2 * INTERVAL for _, age in received.prices) <= len(ASSETS), received.prices
-    finally:
-        broker.process.send_signal(signal.SIGCONT)
+    with (
+        make_broker(tmp_path, port) as broker,
+        Tracker("--demo", "--assets", "BTC,ETH", "--interval", str(INTERVAL)) as tracker,
+        running(name, tracker, **url),
+        subscriber(port, received),
+    ):
+        received.clear_and_wait("prices through the broker")
         broker.stop()
+        time.sleep(4 * INTERVAL)  # how long it is gone is the point
+        broker.start()
+        received.clear_and_wait("prices after the broker was ended")
+        assert max(age for _, age in received.prices) < 2 * INTERVAL
+
+        broker.process.send_signal(signal.SIGSTOP)
+        time.sleep(6 * INTERVAL)
+        received.prices.clear()
+        broker.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: len(received.prices) > 8, what="prices after the broker hung")
+        # What was under way when it hung is in the broker's own socket: one poll.
+        assert sum(age > 2 * INTERVAL for _, age in received.prices) <= len(ASSETS), received.prices
 
 
 def test_retained_prices_expire_when_no_new_ones_come(tmp_path: Path) -> None:
     port, received = free_port(), Received()
-    broker = mosquitto(tmp_path, port)
-    broker.start()
-    try:
-        with (
-            Tracker("--demo", "--assets", "BTC,ETH", "--interval", str(INTERVAL)) as tracker,
-            running("mqtt-bridge.py", tracker, MQTT_URL=f"mqtt://127.0.0.1:{port}", EXPIRE_AFTER=2),
-        ):
-            with mqtt_subscriber(port, received):
-                received.clear_and_wait("prices through the broker")
-            tracker.process.send_signal(signal.SIGSTOP)
-            assert retained(port) == ASSETS
-            wait_for(lambda: retained(port) == set(), 10, "they expire")
-            tracker.process.send_signal(signal.SIGCONT)
-    finally:
-        broker.stop()
+    with (
+        mosquitto(tmp_path, port),
+        Tracker("--demo", "--assets", "BTC,ETH", "--interval", str(INTERVAL)) as tracker,
+        running("mqtt-bridge.py", tracker, MQTT_URL=f"mqtt://127.0.0.1:{port}", EXPIRE_AFTER=2),
+    ):
+        with mqtt_subscriber(port, received):
+            received.clear_and_wait("prices through the broker")
+        tracker.process.send_signal(signal.SIGSTOP)
+        assert retained(port) == ASSETS
+        wait_for(lambda: retained(port) == set(), 10, "they expire")
+        tracker.process.send_signal(signal.SIGCONT)
 
 
 def retained(port: int) -> set[str]:

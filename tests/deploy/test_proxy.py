@@ -32,6 +32,7 @@ from proxies import (
     put,
     readme_block,
 )
+from raw import request
 from running import ASSETS, Tracker, outside, wait_for
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -40,10 +41,6 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin
 
 CLIENTS = 200
-UPGRADE = (
-    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +349,7 @@ def test_all_of_an_ipv6_network_counts_as_one_address(certificate: Certificate, 
             plain = stack.enter_context(socket.create_connection(("::1", proxy.port), timeout=5))
             plain.sendall(f"PROXY TCP6 {address} 2001:db8::9 40000 443\r\n".encode())
             sock = stack.enter_context(certificate.context.wrap_socket(plain, server_hostname="localhost"))
-            sock.sendall(UPGRADE)
+            sock.sendall(request())
             statuses.append(sock.recv(100).split()[1])
         assert statuses == [b"101", b"101", b"429", b"101"]
 
@@ -382,7 +379,7 @@ def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: 
         proxy = stack.enter_context(HAProxy(tmp_path, [tracker.port] * 3, certificate))
         plain = stack.enter_context(socket.create_connection(("127.0.0.1", proxy.port), timeout=5))
         sock = stack.enter_context(certificate.context.wrap_socket(plain, server_hostname="localhost"))
-        sock.sendall(UPGRADE)
+        sock.sendall(request())
         assert sock.recv(1)
         time.sleep(6)  # 2 MB of prices
         woken = datetime.now(UTC).isoformat()

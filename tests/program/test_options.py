@@ -27,25 +27,7 @@ from price_server import __version__
         *[(("--max-clients", bad), "is not a number of clients from 1 to 1,000,000") for bad in ("0", "1000001", "x")],
         *[
             (("--allow-origin", bad), f"{bad!r} is not an origin like https://example.org")
-            for bad in (
-                "example.org",
-                "https://a/b",
-                "*",
-                "",
-                "null/",
-                "https://a:b",
-                "//a",
-            )
-        ],
-        (("--allow-origin", "https://a:65536"), "'https://a:65536' has no port from 1 to 65535"),
-        (("--allow-origin", "a://*:1"), "'a://*:1' has a port, but no host"),
-        *[
-            (("--allow-origin", bad), f"{bad!r} names no host")
-            for bad in ("https://*", "http://*", "https://", "HTTPS://*/")
-        ],
-        *[
-            (("--allow-origin", bad), "is not an origin like")
-            for bad in ("https://*.a.example", "https://u@a", "x" * 99)
+            for bad in ("example.org", "https://a/b", "*", "")
         ],
         *[(("--host", bad), f"{bad!r} is not an address") for bad in ("", " ", "ö" * 70, "x" * 70, "a..b", "\udcff")],
         (("--history", ""), "'' is not a file name"),
@@ -59,7 +41,7 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     run_main: Callable[..., Done], arguments: tuple[str, ...], said: str
 ) -> None:
     done = run_main("--demo", *arguments)
-    assert done.status == 2
+    assert (done.status, done.out) == (2, [])
     assert len(done.log) == 1
     assert done.log[0].startswith("ERROR ")
     assert said in done.log[0]
@@ -96,23 +78,9 @@ def test_asset_ids_are_upper_cased_and_taken_once() -> None:
     assert options.quote == "EUR"
 
 
-@pytest.mark.parametrize(
-    ("given", "taken"),
-    [
-        *[(each, each) for each in ("null", "file://", "https://example.org", "http://[::1]:8000", "app://.")],
-        *[(f"{each}://localhost", f"{each}://localhost") for each in ("capacitor", "ionic", "tauri", "http")],
-        *[
-            (each, each)
-            for each in ("chrome-extension://abcdefghijklmnop", "moz-extension://*", "vscode-webview://1a2b")
-        ],
-        ("HTTPS://Example.org/", "https://example.org"),
-        ("https://example.org:443", "https://example.org"),  # as browsers send it
-        ("http://example.org:80", "http://example.org"),
-        ("https://example.org:80", "https://example.org:80"),
-    ],
-)
-def test_every_origin_that_a_browser_or_an_app_sends_can_be_allowed(given: str, taken: str) -> None:
-    assert parse_arguments(["--allow-origin", given, "--allow-origin", "null"]).allow_origin == [taken, "null"]
+def test_several_origins_can_be_allowed() -> None:
+    arguments = ["--allow-origin", "HTTPS://Example.org:443/", "--allow-origin", "null"]
+    assert parse_arguments(arguments).allow_origin == ["https://example.org", "null"]
 
 
 def test_version_prints_the_version_and_nothing_else(run_main: Callable[..., Done]) -> None:

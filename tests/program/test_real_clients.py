@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -131,51 +130,16 @@ def visit_node(url: str) -> Visit:
     return Visit(*json.loads(done.stdout))
 
 
-CHROMIUM_SCRIPT = """
-const [url, done] = arguments;
-const socket = new WebSocket(url);
-let messages = 0;
-socket.onmessage = (event) => {
-  messages += 1;
-  const update = JSON.parse(event.data);
-  if (update.asset_id === "SOL" && update.price === 60) socket.close(1000);
-};
-socket.onclose = (event) => done([messages, event.wasClean, event.code]);
-"""
-
-
-def visit_chromium(url: str) -> Visit:
-    """A page cannot send a ping: `ponged` is its word for a clean close."""
-    import tempfile
-
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, ExitStack() as stack:
-        options = ChromeOptions()
-        options.binary_location = shutil.which("chromium") or ""
-        switches = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-        for switch in (*switches.split(), "disable-component-update", "disable-sync", f"user-data-dir={profile}"):
-            options.add_argument(f"--{switch}")
-        driver = Chrome(options, ChromeService(shutil.which("chromedriver")))
-        stack.callback(driver.quit)
-        driver.set_script_timeout(30)
-        driver.get(url.replace("ws://", "http://").replace("/ws", "/prices"))  # Chromium lets only local pages connect
-        return Visit(*driver.execute_async_script(CHROMIUM_SCRIPT, url))
-
-
 VISITS: dict[str, Callable[[str], Visit]] = {
     "websockets": visit_websockets,
     "aiohttp": visit_aiohttp,
     "websocket-client": visit_websocket_client,
     "picows": visit_picows,
     "node": visit_node,
-    "chromium": visit_chromium,
 }
 
 
 def installed(name: str) -> bool:
-    if name == "chromium":
-        return all(map(shutil.which, ("chromium", "chromedriver")))
     return name != "node" or (shutil.which("node") is not None and (NODE_MODULES / "ws").is_dir())
 
 
@@ -218,5 +182,5 @@ def test_a_real_client_stays_through_sixty_pings_and_closes_with_1000(
 ) -> None:
     if name == "node" and shutil.which("node"):
         outside(*([] if installed(name) else ["the package ws of node"]))
-    outside(*{"node": ["node"], "chromium": ["chromium", "chromedriver"]}.get(name, []))
+    outside(*(["node"] if name == "node" else []))
     assert visits[name].result(60) == Visit(messages=600, ponged=True, code=1000)

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 from calling import Done
-from running import ROOT, wait_for
+from running import ROOT
 from stand_in import KEY, StandIn
-from websockets.sync.client import connect
 
 import system
 import tracker
 from coin_api import PriceUpdate
-from price_server import PriceServer
 from tracker import Poller, main
 
 GOOD = [PriceUpdate("BTC", 1.0, "t"), PriceUpdate("ETH", 2.0, "t")]
@@ -148,37 +146,16 @@ def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
 
 
 @pytest.mark.parametrize(
-    ("flags", "lines"),
+    ("flags", "address", "what"),
     [
+        ("--assets BTC,ETH", "127.0.0.1", "tracking BTC, ETH in USD: 1 request every 5 s, 17,280 a day"),
         (
-            ("--assets", "BTC,ETH"),
-            [
-                "dashboard http://127.0.0.1:4711/ and WebSocket ws://127.0.0.1:4711/ws",
-                "tracking BTC, ETH in USD: 1 request every 5 s, 17,280 a day",
-            ],
+            "--host ::1 --assets BTC --interval 0.5 --quote eur --pause-when-idle",
+            "[::1]",
+            "tracking BTC in EUR: 1 request every 0.5 s, 172,800 a day at most",
         ),
-        (
-            ("--host", "::1", "--assets", "BTC", "--interval", "0.5", "--quote", "eur", "--pause-when-idle"),
-            [
-                "dashboard http://[::1]:4711/ and WebSocket ws://[::1]:4711/ws",
-                "tracking BTC in EUR: 1 request every 0.5 s, 172,800 a day at most",
-            ],
-        ),
-        (
-            ("--host", "0.0.0.0", "--demo", "--assets", "BTC"),
-            [
-                "dashboard http://127.0.0.1:4711/ and WebSocket ws://127.0.0.1:4711/ws, on all addresses of this "
-                "machine",
-                "DEMO, simulated prices: BTC in USD every 5 s",
-            ],
-        ),
-        (
-            ("--host", "::", "--demo", "--assets", "BTC"),
-            [
-                "dashboard http://[::1]:4711/ and WebSocket ws://[::1]:4711/ws, on all addresses of this machine",
-                "DEMO, simulated prices: BTC in USD every 5 s",
-            ],
-        ),
+        ("--host 0.0.0.0 --demo --assets BTC", "127.0.0.1", "DEMO, simulated prices: BTC in USD every 5 s"),
+        ("--host :: --demo --assets BTC", "[::1]", "DEMO, simulated prices: BTC in USD every 5 s"),
     ],
 )
 def test_the_start_up_lines_name_the_addresses_and_what_the_interval_costs(
@@ -186,12 +163,15 @@ def test_the_start_up_lines_name_the_addresses_and_what_the_interval_costs(
     made: list[FakePriceServer],
     coin_api: StandIn,
     monkeypatch: pytest.MonkeyPatch,
-    flags: tuple[str, ...],
-    lines: list[str],
+    flags: str,
+    address: str,
+    what: str,
 ) -> None:
     monkeypatch.setattr(FakePriceServer, "run_forever", lambda server, threaded: setattr(server, "is_over", True))
-    done = run_main(*flags, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
-    assert done.log[:2] == [f"INFO {line}" for line in lines]
+    done = run_main(*flags.split(), COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
+    everywhere = ", on all addresses of this machine" if "--demo" in flags else ""
+    first = f"INFO dashboard http://{address}:4711/ and WebSocket ws://{address}:4711/ws{everywhere}"
+    assert done.log[:2] == [first, f"INFO {what}"]
 
 
 def test_a_busy_thread_cannot_keep_the_interpreter_from_the_sending_one() -> None:
@@ -199,14 +179,6 @@ def test_a_busy_thread_cannot_keep_the_interpreter_from_the_sending_one() -> Non
     program = "import sys, tracker; tracker.main(['--demo', '--once']); print(sys.getswitchinterval())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert float(done.stdout.splitlines()[-1]) == pytest.approx(0.0002)
-
-
-def test_a_pausing_poller_is_woken_when_the_new_client_counts_and_not_before(server: PriceServer) -> None:
-    counts: list[tuple[int, int]] = []
-    server.client_came.set = lambda: counts.append((server.client_count, len(server.clients)))  # type: ignore[method-assign]
-    with connect(f"ws://127.0.0.1:{server.port}/ws"), connect(f"ws://127.0.0.1:{server.port}/ws"):
-        wait_for(lambda: len(counts) >= 2)
-    assert counts == [(1, 1), (2, 2)]
 
 
 def test_the_log_level_is_the_least_that_is_logged(run_main: Callable[..., Done], made: list[FakePriceServer]) -> None:

@@ -3,33 +3,29 @@
 import contextlib
 import errno
 import selectors
-import sys
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
-from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, honest, parse, prices, request, visit
+from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request, visit
 from rigged import (
     Blocked,
     RiggedServer,
     Socket,
     call,
     call_soon,
-    connections,
     dropped,
     in_thread,
     narrow,
     pass_time,
-    wait_for_calls,
     wait_for_value,
 )
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate
 from price_server import PriceServer
-from price_server.loop import Loop, State
 
 pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
 
@@ -38,58 +34,6 @@ ALL_AT = {price: [(asset, float(price)) for asset in ASSETS] for price in range(
 
 
 # Functions of other threads
-
-
-def test_a_call_returns_what_it_returned_and_raises_what_it_raised_in_the_server_thread(server: PriceServer) -> None:
-    assert call(server, threading.current_thread) is server.thread
-    assert server.thread.name == "server"
-    with pytest.raises(ZeroDivisionError):
-        call(server, lambda: 1 // 0)
-    with pytest.raises(SystemExit):
-        call(server, sys.exit)
-    assert call(server, lambda: call(server, lambda: 5)) == 5
-
-
-def test_functions_run_in_the_order_in_which_they_were_handed_over(server: PriceServer, updates: Updates) -> None:
-    with RawClient(server.port) as client:
-        with Blocked(server):
-            threads = []
-            acts = (lambda: server.send_message_to_all("1"), lambda: server.publish(updates(1.0)))
-            for number, act in enumerate([*acts, lambda: server.send_message_to_all("2")], 1):
-                threads.append(in_thread(act))
-                wait_for_calls(server, number)
-        for thread in threads:
-            thread.join(10)
-        assert client.read() == (TEXT, b"1")
-        assert client.prices(10) == ALL_AT[1]
-        assert client.read() == (TEXT, b"2")
-
-
-def test_calls_that_bring_further_calls_keep_nobody_else_waiting(server: PriceServer) -> None:
-    calls, ended = [0], threading.Event()
-
-    def again() -> None:
-        calls[0] += 1
-        if not ended.is_set():
-            call_soon(server, again)
-
-    with RawClient(server.port) as client:
-        call_soon(server, again)
-        for _ in range(3):
-            client.send(frame(PING, b"alive"))
-            assert client.read() == (PONG, b"alive")
-        ended.set()
-    assert calls[0] >= 2
-
-
-def test_a_function_that_was_handed_over_wakes_the_loop_at_once(
-    start_server: Callable[..., PriceServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("price_server.loop.MAX_SELECT", 60.0)
-    monkeypatch.setattr("price_server.hub.HOUSEKEEPING_INTERVAL", 60.0)
-    server = start_server()
-    for _ in range(3):
-        server.publish([])  # or TimeoutError
 
 
 def test_a_loop_that_was_woken_sleeps_again(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,24 +74,6 @@ def test_a_callback_that_blocks_holds_up_no_publisher_and_no_stop_for_long(
     wait_for(lambda: server.has_ended)
 
 
-def test_a_call_that_has_begun_is_waited_for(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("price_server.loop.CALL_TIMEOUT", 0.3)
-    assert call(server, lambda: threading.Event().wait(0.4)) is False
-
-
-def test_a_call_made_in_the_very_moment_of_the_end_is_lost_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_loop_thread() -> bool:
-        loop.state = State.ENDED  # it has released the functions that waited
-        return False
-
-    loop, ran = Loop(), list[str]()
-    monkeypatch.setattr(loop, "in_loop_thread", in_loop_thread)
-    for call_it in (loop.call, loop.call_soon):
-        loop.state = State.RUNNING
-        in_thread(lambda: call_it(lambda: ran.append("ran"))).join(10)  # noqa: B023
-    assert ran == ["ran", "ran"]
-
-
 def test_what_is_published_before_the_start_is_known_to_the_first_client(updates: Updates) -> None:
     server = PriceServer(ASSETS)
     server.publish(updates(1.0))
@@ -179,89 +105,43 @@ def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: U
     assert server.clients == []
 
 
-def test_ten_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
+def test_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
     server: PriceServer, updates: Updates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 10.0)  # nobody is cut off: all hang up by themselves
     stopped = threading.Event()
-    came: list[int] = []
     streams: list[bytes] = []
-    failures: list[BaseException] = []
+    ended: list[str] = []
 
-    def until_stopped(function: Callable[[], object]) -> threading.Thread:
-        def run() -> None:
-            try:
-                while not stopped.is_set():
-                    function()
-                function()  # and once after the stop
-            except BaseException as error:
-                failures.append(error)
-
-        return in_thread(run)
-
-    def come_and_go() -> None:
-        try:
-            with RawClient(server.port) as client:
-                client.prices(25)
-                client.send(frame(CLOSE, b"\x03\xe8"))
-                client.file.read()
-        except (OSError, EOFError, AssertionError):
-            pass  # the server has stopped
+    def act() -> None:
+        while True:
+            is_last = stopped.is_set()  # once after the stop
+            server.publish(updates(1.0))
+            for client in server.clients:
+                server.send_message(client, "note")
+            if is_last:
+                ended.append("returned")
+                return
 
     def stay() -> None:
         with RawClient(server.port) as client:
             streams.append(client.file.read())
 
-    def send() -> None:
-        for client in server.clients:
-            server.send_message(client, "note")
-
-    server.set_fn_new_client(lambda client, server: came.append(client["id"]))
-    server.publish(updates(1.0))
     readers = [in_thread(stay) for _ in range(5)]
     wait_for(lambda: len(server.clients) == 5)
-    threads = [until_stopped(lambda: server.publish(updates(2.0))) for _ in range(5)]
-    threads += [until_stopped(send) for _ in range(5)]
-    threads += [until_stopped(come_and_go) for _ in range(2)]
-    wait_for(lambda: len(came) > 8, 60, "clients that come and go")
+    threads = [in_thread(act) for _ in range(5)]
+    with RawClient(server.port) as client:
+        assert client.prices(25)
     server.shutdown_gracefully(1001, b"server is stopping")
     assert server.has_ended
     stopped.set()
     for thread in threads + readers:
         thread.join(10)
-        assert not thread.is_alive()
-    assert failures == []
-    assert len(streams) == 5
-    for stream in streams:
-        assert list(parse(stream))[-1] == (CLOSE, b"\x03\xe9server is stopping")
+    assert ended == ["returned"] * 5
+    assert [list(parse(stream))[-1] for stream in streams] == [(CLOSE, b"\x03\xe9server is stopping")] * 5
 
 
 # Batches of events
-
-
-@pytest.mark.parametrize(("clients", "seconds", "most"), [(400, 10.0, 256), (5, 0.0, 1)])
-def test_a_function_waits_for_256_events_or_50_ms(
-    rigged: RiggedServer, monkeypatch: pytest.MonkeyPatch, clients: int, seconds: float, most: int
-) -> None:
-    monkeypatch.setattr("price_server.loop.BATCH_SECONDS", seconds)
-    order: list[str] = []
-
-    def serve() -> None:
-        if not order:
-            call_soon(rigged, lambda: order.append("call"))
-        order.append("client")
-
-    with contextlib.ExitStack() as stack:
-        each = [stack.enter_context(RawClient(rigged.port)) for _ in range(clients)]
-        for sock in rigged.listener.accepted:
-            sock.before = serve
-        with Blocked(rigged):
-            for client in each:
-                client.send(frame(PONG))
-        wait_for(lambda: len(order) == clients + 1)
-        for sock in rigged.listener.accepted:
-            sock.before = lambda: None
-    assert order.index("call") <= most
 
 
 def test_a_function_waits_for_50_ms_of_new_clients(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,17 +246,6 @@ def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
         assert dropped(timed) == {"failed": 1}
     assert errors == ["a connection failed, and is closed: RuntimeError('this socket fails')"]
     errors.clear()
-
-
-def test_a_visitor_whose_every_step_fails_is_ended(rigged: RiggedServer, errors: list[str]) -> None:
-    with visit(rigged.port, b"GET ") as sock:
-        wait_for(lambda: connections(rigged) == 1)
-        breaks(rigged.listener.accepted[0])
-        sock.sendall(b"/")
-        wait_for(lambda: connections(rigged) == 0)
-    assert len(errors) == 1
-    errors.clear()
-    assert ask(rigged.port, request())[0] == 101
 
 
 @pytest.mark.parametrize("name", ["register", "modify"])

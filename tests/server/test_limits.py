@@ -7,11 +7,11 @@ import selectors
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
-import psutil
 import pytest
 from raw import CLOSE, PING, PONG, RawClient, ask, frame, get, honest, read_all, request, visit
-from rigged import Blocked, RiggedServer, call, connections, dropped, gone, pass_time, sample, wait_for_value
+from rigged import Blocked, RiggedServer, Socket, call, connections, dropped, gone, pass_time, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 
 from coin_api import PriceUpdate
@@ -154,21 +154,6 @@ def test_the_files_needed_are_those_of_the_clients_and_50() -> None:
     assert PriceServer.files_needed(10_000) == 10_050
 
 
-def test_visitors_leave_20_files_for_what_is_no_connection(
-    monkeypatch: pytest.MonkeyPatch, start_server: Start
-) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda which: (23, 23))
-    server = start_server()
-    with contextlib.ExitStack() as stack:
-        visitors = []
-        for number in range(1, 4):
-            visitors.append(stack.enter_context(visit(server.port, request()[:-2])))
-            wait_for_value(lambda: connections(server), number)
-        stack.enter_context(visit(server.port, request()[:-2]))
-        assert visitors[0].recv(1) == b"", "the fourth takes the place of the first"
-        assert connections(server) == 3
-
-
 def test_without_room_the_request_incomplete_longest_makes_room_and_then_a_download(
     monkeypatch: pytest.MonkeyPatch, start_server: Start
 ) -> None:
@@ -197,6 +182,33 @@ def test_without_room_the_request_incomplete_longest_makes_room_and_then_a_downl
         assert client.read() == (PONG, b"")
 
 
+def test_new_connections_displace_no_visitor_whose_request_has_arrived(
+    monkeypatch: pytest.MonkeyPatch, start_server: Start
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (23, 23))  # room for 3
+    server = start_server(kind=RiggedServer)
+    accept, accepting, go_on = server.listener.accept, threading.Event(), threading.Event()
+
+    def accept_later() -> tuple[Socket, Any]:
+        if not go_on.is_set():
+            accepting.set()
+            go_on.wait(10)
+            raise BlockingIOError  # so all of it is met in the next round
+        return accept()
+
+    with contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(visit(server.port, get("/prices")[:-2])) for _ in range(3)]
+        wait_for_value(lambda: connections(server), 3)
+        call(server, lambda: setattr(server.listener, "accept", accept_later))
+        for _ in range(3):
+            stack.enter_context(visit(server.port, request()[:-2]))
+        assert accepting.wait(10)
+        for visitor in visitors:
+            visitor.sendall(b"\r\n")
+        go_on.set()
+        assert [read_all(visitor)[-2:] for visitor in visitors] == [b"[]"] * 3
+
+
 def test_500_clients_that_come_together_and_send_their_request_later_are_all_served(server: PriceServer) -> None:
     threads = threading.active_count()
     server.publish([PriceUpdate("BTC", 1.0, "t")])
@@ -215,18 +227,6 @@ def test_500_clients_that_come_together_and_send_their_request_later_are_all_ser
         assert len(server.clients) == 500
         assert threading.active_count() == threads, "no thread for any of them"
     gone(server)
-
-
-def test_clients_leave_no_file_open(server: PriceServer) -> None:
-    process = psutil.Process()
-    before = process.num_fds()
-    for number in range(200):
-        with RawClient(server.port) as client:
-            if number % 2:
-                client.reset()
-        ask(server.port, get("/prices"))
-    gone(server)
-    wait_for(lambda: process.num_fds() <= before, what="files closed")
 
 
 SELECT = """

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from raw import CLOSE, TEXT, RawClient, frame, get, honest, parse, read_all, request, visit
-from rigged import Blocked, RiggedServer, connections, in_thread, narrow, sample, wait_for_calls, wait_for_value
+from raw import CLOSE, TEXT, RawClient, frame, get, honest, read_all, request, visit
+from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -116,18 +116,6 @@ def test_a_stop_waits_one_second_for_those_that_do_not_hang_up_whatever_the_cloc
         assert stuck.file.read() == b""
 
 
-def test_a_stop_goes_before_the_functions_that_wait(server: PriceServer) -> None:
-    with RawClient(server.port) as client:
-        with Blocked(server):
-            thread = in_thread(lambda: server.send_message_to_all("late"))
-            wait_for_calls(server, 1)
-            server.shutdown_gracefully(1001, b"as told")
-            assert not server.has_ended, "it waits no longer"
-        assert client.read_close() == 1001
-        thread.join(10)
-        assert not thread.is_alive()
-
-
 def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
     server: PriceServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,52 +135,6 @@ def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "as told")
     server.thread.join(10)
     assert (server.has_ended, returned) == (True, [False])
-
-
-def test_a_stop_from_client_left_goes_before_the_next_callback(server: PriceServer) -> None:
-    order: list[str] = []
-
-    def leave(*_: object) -> None:
-        try:
-            visit(server.port).close()
-            order.append("left")
-        except ConnectionRefusedError:
-            order.append("left after the stop began")
-        server.shutdown_gracefully()
-
-    server.set_fn_client_left(leave)
-    with RawClient(server.port), RawClient(server.port):
-        server.disconnect_clients_abruptly()
-        server.thread.join(10)
-    assert order == ["left", "left after the stop began"]
-
-
-def test_a_server_whose_thread_ends_unasked_says_so_and_releases_all_that_wait(
-    rigged: RiggedServer, updates: Updates, errors: list[str]
-) -> None:
-    released: list[str] = []
-
-    def break_down() -> None:
-        raise RuntimeError("the loop is broken")
-
-    with RawClient(rigged.port) as client:
-        with Blocked(rigged):
-            threads = [
-                in_thread(lambda: released.append(f"publish {rigged.publish(updates(1.0))[0]}")),
-                in_thread(lambda: released.append(f"send {rigged.send_message_to_all('x')}")),
-            ]
-            wait_for_calls(rigged, 2)
-            rigged.listener.accept = break_down  # type: ignore[method-assign, assignment]
-        for thread in threads:
-            thread.join(10)
-        rigged.thread.join(10)
-        assert sorted(released) == ["publish BTC", "send None"]
-        assert rigged.has_ended
-        list(parse(client.file.read()))
-    rigged.publish(updates(2.0))
-    assert rigged.clients == []
-    assert errors == ["the server thread failed"]
-    errors.clear()
 
 
 def test_a_start_that_fails_inside_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch, errors: list[str]) -> None:
@@ -235,15 +177,6 @@ def test_a_server_that_never_ran_lets_go_of_its_port_and_files(updates: Updates)
         with pytest.raises(ConnectionRefusedError):
             visit(server.port)
     assert (process.num_fds(), threading.active_count()) == (files, threads)
-
-
-def test_a_server_that_was_stopped_does_not_start_and_is_stopped_again_at_once(server: PriceServer) -> None:
-    never_ran = PriceServer(ASSETS)
-    for each in (never_ran, server):
-        each.shutdown_gracefully()
-        each.server_close()
-        with pytest.raises(RuntimeError, match="make another"):
-            each.run_forever(threaded=True)
 
 
 def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_open(server: PriceServer) -> None:

@@ -1,4 +1,4 @@
-"""`main` called in the test's own process: the fixture `run_main`, and what it returns."""
+"""What comes of a call in the test's own process: of `main` (the fixture `run_main`), and of a poll that fails."""
 
 import re
 import signal
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import system
+from coin_api import CoinApi, CoinApiError
 from tracker import main
 
 LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d "  # how a line of the log begins
@@ -45,3 +46,10 @@ def run_main(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     yield run_it
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def error_of(api: CoinApi, *assets: str) -> CoinApiError:
+    with pytest.raises(CoinApiError) as caught:
+        api.fetch_prices(assets or ("BTC", "ETH"))
+    assert "\n" not in str(caught.value)
+    return caught.value

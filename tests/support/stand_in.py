@@ -1,5 +1,6 @@
 """A stand-in for CoinAPI over real HTTP, on loopback: recorded bodies and headers, and whatever a test wants."""
 
+import contextlib
 import json
 import socket
 import ssl
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
 KEY = "73034021-THIS-IS-SAMPLE-KEY"
@@ -130,8 +131,35 @@ class StandIn:
         self.server.server_close()
 
 
-class EventStream:
-    """`with EventStream() as stream:` answers each request as `/stream` does, and sends events when it is told to.
+class Peer:
+    """`with Peer() as peer:` each connection to `peer.address` is served, in a thread of its own, until it is lost."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def serve(self, client: socket.socket) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=self._serve, args=self.listener.accept()[:1], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            self.serve(client)
+
+
+class EventStream(Peer):
+    """Answers each request as `/stream` does, and sends events when it is told to.
 
     asked: set when somebody follows the stream. HAProxy's checks get an empty answer.
     """
@@ -139,34 +167,20 @@ class EventStream:
     HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no\r\nConnection: close\r\n\r\n"
 
     def __init__(self) -> None:
+        super().__init__()
+        self.port = self.listener.getsockname()[1]
         self.asked = threading.Event()
         self._followers: list[socket.socket] = []
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            if b"/stream" not in connection.recv(4096):
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                connection.close()
-                continue
-            connection.sendall(self.HEAD)
-            self._followers.append(connection)
-            self.asked.set()
+    def serve(self, client: socket.socket) -> None:
+        if b"/stream" not in client.recv(4096):
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return
+        client.sendall(self.HEAD)
+        self._followers.append(client)
+        self.asked.set()
+        client.recv(1)  # until the other side hangs up
 
     def send(self, text: str) -> None:
         for follower in self._followers:
             follower.sendall(f"data: {text}\n\n".encode())
-
-    def __enter__(self) -> "EventStream":
-        threading.Thread(target=self._serve, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        for each in (self._socket, *self._followers):
-            each.close()

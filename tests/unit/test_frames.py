@@ -4,9 +4,9 @@ What a client would send is made by the frame writer of `websockets`, or stands 
 """
 
 import random
-from itertools import pairwise
 
 import pytest
+from raw import fragments, octets
 from texts import INVALID_UTF8, VALID_UTF8
 from websockets.frames import Frame
 from websockets.frames import Opcode as Op
@@ -32,16 +32,6 @@ Message = tuple[int, str | bytes]
 def frame(opcode: int, payload: bytes = b"", fin: bool = True) -> bytes:
     """One proper frame as a client sends it."""
     return Frame(Op(opcode), payload, fin).serialize(mask=True)
-
-
-def fragments(opcode: int, *parts: bytes) -> bytes:
-    """One message in as many frames as there are parts."""
-    last = len(parts) - 1
-    return b"".join([frame(CONT if index else opcode, part, index == last) for index, part in enumerate(parts)])
-
-
-def octets(data: bytes) -> list[bytes]:
-    return [data[index : index + 1] for index in range(len(data))]
 
 
 def read(*chunks: bytes) -> list[Message]:
@@ -131,20 +121,6 @@ def test_bytes_cut_anywhere_give_the_same_messages() -> None:
     assert read(STREAM) == read(*octets(STREAM)) == MESSAGES
     for cut in range(len(STREAM)):
         assert read(STREAM[:cut], STREAM[cut:]) == MESSAGES
-
-
-def test_random_messages_cut_at_random_are_the_same() -> None:
-    chance = random.Random(1)
-    for _ in range(100):
-        messages: list[Message] = []
-        stream = b""
-        for _ in range(10):
-            payload = chance.randbytes(chance.choice((0, 3, 125, 126, 1_000)))
-            cuts = [0, *sorted(chance.choices(range(len(payload) + 1), k=chance.randrange(4))), len(payload)]
-            stream += fragments(BINARY, *(payload[start:end] for start, end in pairwise(cuts)))
-            messages.append((BINARY, payload))
-        cuts = [0, *sorted(chance.choices(range(len(stream)), k=20)), len(stream)]
-        assert read(*(stream[start:end] for start, end in pairwise(cuts))) == messages
 
 
 def test_what_waits_for_more_is_counted_until_it_is_whole() -> None:

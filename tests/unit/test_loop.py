@@ -338,32 +338,18 @@ def test_a_call_while_the_loop_ends_is_released_even_if_the_handlers_end_fails()
     assert (loop.state, loop.ended.is_set()) == (State.ENDED, True)
 
 
-def test_a_call_in_the_very_moment_of_the_end_is_released() -> None:
-    class LateLoop(Loop):
-        """Another thread sees it running, and hands its function over when it has ended."""
+def test_a_call_in_the_very_moment_of_the_end_is_released(monkeypatch: pytest.MonkeyPatch, handler: Handler) -> None:
+    def in_loop_thread() -> bool:
+        loop.state = State.ENDED  # it has released the functions that waited
+        return False
 
-        _state, late = State.BEFORE, False
-
-        @property  # type: ignore[override]
-        def state(self) -> State:
-            if threading.current_thread() is threading.main_thread() or self.late:
-                return self._state
-            self.late = True
-            seen.set()
-            assert self.ended.wait(10)
-            return State.RUNNING
-
-        @state.setter
-        def state(self, state: State) -> None:
-            self._state = state
-
-    seen, handler = threading.Event(), Handler()
-    loop = LateLoop()
-    wait = in_thread(lambda: loop.call(lambda: "released"))
-    assert seen.wait(10)
-    loop.request_stop()
-    loop.run(handler)
-    assert wait() == "released"
+    loop = Loop()
+    monkeypatch.setattr(loop, "in_loop_thread", in_loop_thread)
+    for call in (loop.call, loop.call_soon):
+        loop.state = State.RUNNING
+        in_thread(partial(call, note(handler, "released")))()
+    assert handler.seen == ["released", "released"]
+    loop.close(handler)
 
 
 def test_a_loop_runs_once(world: World, handler: Handler) -> None:

@@ -91,12 +91,12 @@ class FakeTime:
         self.was_set = True
 
 
-Outcome = float | BaseException | list[PriceUpdate]
+Outcome = float | BaseException | list[PriceUpdate] | tuple[float, BaseException]
 GOOD = [PriceUpdate("BTC", 1.0, "t"), PriceUpdate("ETH", 2.0, "t")]
 
 
 class FakeSource:
-    """Answers each poll with the next outcome: prices, an exception, or seconds that good prices take."""
+    """Each poll has the next outcome: prices, an exception, seconds that good prices take, or (seconds, exception)."""
 
     credits_used = 17
     credits_left = -4
@@ -109,6 +109,9 @@ class FakeSource:
     def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
         self.polls.append(round(self.time.now - 1000, 3))
         outcome = self.outcomes.pop(0) if self.outcomes else GOOD
+        if isinstance(outcome, tuple):
+            self.time.now += outcome[0]
+            raise outcome[1]
         if isinstance(outcome, BaseException):
             raise outcome
         if isinstance(outcome, float):
@@ -205,11 +208,6 @@ def test_a_retry_that_succeeds_starts_new_fixed_times() -> None:
     assert run([GOOD, CoinApiError("x"), GOOD], until=260, interval=60)[0].polls == [0, 60, 75, 135, 195, 255]
 
 
-def test_a_start_that_fails_for_3_s_has_prices_within_15_s_at_any_interval() -> None:
-    _, server, _ = run([CoinApiError("x")], until=15, interval=86_400)
-    assert len(server.published) == 1
-
-
 def test_the_next_trouble_begins_with_the_shortest_backoff_and_prices_are_told_once_to_be_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -223,34 +221,13 @@ def test_the_next_trouble_begins_with_the_shortest_backoff_and_prices_are_told_o
 
 
 def test_a_failed_poll_that_took_long_is_not_followed_by_a_storm() -> None:
-    time = FakeTime(31)
-    source, server = FakeSource(time, []), FakeServer()
-
-    def fetch(asset_ids: object) -> list[PriceUpdate]:
-        source.polls.append(time.now - 1000)
-        time.now += 13
-        raise CoinApiError("timed out")
-
-    source.fetch_prices = fetch  # type: ignore[method-assign]
-    poller_of(time, source, server).run()
+    source, server, _ = run([(13.0, CoinApiError("timed out"))] * 3, until=31)
     assert source.polls == [0, 13, 26]
     assert server.noted[0][0] == 13
 
 
 def test_the_new_fixed_times_start_at_the_retry_and_not_when_it_was_due() -> None:
-    time = FakeTime(27)
-    source = FakeSource(time, [])
-
-    def fetch(asset_ids: object) -> list[PriceUpdate]:
-        source.polls.append(time.now - 1000)
-        if time.now > 1000:
-            return GOOD
-        time.now += 12
-        raise CoinApiError("timed out")
-
-    source.fetch_prices = fetch  # type: ignore[method-assign]
-    poller_of(time, source, FakeServer()).run()
-    assert source.polls == [0, 12, 17, 22, 27]
+    assert run([(12.0, CoinApiError("timed out"))], until=27)[0].polls == [0, 12, 17, 22, 27]
 
 
 @pytest.mark.parametrize(
@@ -276,17 +253,7 @@ def test_retry_after_is_waited_for_from_an_interval_or_15_s_to_15_minutes(
 
 
 def test_retry_after_counts_from_the_answer() -> None:
-    time = FakeTime(40)
-    source = FakeSource(time, [])
-
-    def fetch(asset_ids: object) -> list[PriceUpdate]:
-        source.polls.append(time.now - 1000)
-        time.now += 9
-        raise CoinApiError("429", retry_after=20)
-
-    source.fetch_prices = fetch  # type: ignore[method-assign]
-    poller_of(time, source, FakeServer()).run()
-    assert source.polls == [0, 29]
+    assert run([(9.0, CoinApiError("429", retry_after=20))], until=40)[0].polls == [0, 29, 34, 39]
 
 
 def test_an_outage_is_one_warning_and_one_notice_with_its_length(caplog: pytest.LogCaptureFixture) -> None:
@@ -298,23 +265,20 @@ def test_an_outage_is_one_warning_and_one_notice_with_its_length(caplog: pytest.
     ]
 
 
-def test_the_same_cause_is_a_warning_again_in_the_next_outage(caplog: pytest.LogCaptureFixture) -> None:
-    run([CoinApiError("timed out"), GOOD, CoinApiError("timed out")], until=14)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "NOTICE", "WARNING"]
-
-
-def test_the_same_cause_with_other_words_behind_its_colon_is_no_other_warning(caplog: pytest.LogCaptureFixture) -> None:
-    run([CoinApiError(f"CoinAPI answered 503: request {number}") for number in range(3)], until=14)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-
-
-def test_another_cause_is_another_warning(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    run([CoinApiError("timed out"), CoinApiError("CoinAPI answered 403: no credits")], until=14)
-    assert [record.message.partition(";")[0] for record in caplog.records] == [
-        "no prices: timed out",
-        "no prices: CoinAPI answered 403: no credits",
-    ]
+@pytest.mark.parametrize(
+    ("outcomes", "levels"),
+    [
+        ([CoinApiError("timed out"), GOOD, CoinApiError("timed out")], ["WARNING", "NOTICE", "WARNING"]),
+        ([CoinApiError(f"CoinAPI answered 503: request {number}") for number in range(3)], ["WARNING"]),
+        ([CoinApiError("timed out"), CoinApiError("CoinAPI answered 403: no credits")], ["WARNING", "WARNING"]),
+    ],
+    ids=["the next outage", "other words behind its colon", "another cause"],
+)
+def test_each_cause_is_one_warning_in_each_outage(
+    caplog: pytest.LogCaptureFixture, outcomes: list[Outcome], levels: list[str]
+) -> None:
+    run(outcomes, until=14)
+    assert [record.levelname for record in caplog.records] == levels
 
 
 def test_a_key_refused_on_the_first_poll_ends_the_loop() -> None:
@@ -389,7 +353,7 @@ def test_the_server_learns_of_the_credits() -> None:
     assert server.noted[0][1:] == (17, -4)
 
 
-def test_your_own_source_may_yield_its_prices() -> None:
+def test_your_own_source_needs_fetch_prices_only_and_may_yield_its_prices() -> None:
     time, server = FakeTime(6), FakeServer()
 
     class Own:
@@ -398,17 +362,7 @@ def test_your_own_source_may_yield_its_prices() -> None:
 
     poller_of(time, Own(), server).run()
     assert server.published == [GOOD, GOOD]
-
-
-def test_your_own_source_needs_fetch_prices_only() -> None:
-    time, server = FakeTime(6), FakeServer()
-
-    class Own:
-        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
-            return GOOD
-
-    poller_of(time, Own(), server).run()
-    assert server.published == [GOOD, GOOD]
+    assert server.noted == [(0.0, None, None)] * 2, "it knows of no credits"
 
 
 @pytest.mark.parametrize(("outcome", "seconds"), [(1.5, 1.5), (CoinApiError("x"), 0.0)])
