@@ -87,7 +87,7 @@ class Request:
     def __init__(self, head: bytes):
         self.method = ""
         self._lines = head.decode("latin-1").replace("\r\n", "\n").rstrip("\n").split("\n")
-        self._header_lines: list[str] = []  # those that were checked
+        self._headers: dict[str, list[str]] = {}
 
     def parse(self) -> None:
         """Set `method`, `version`, `path` and `query`. Raises HttpError for a malformed or unsupported request."""
@@ -96,7 +96,7 @@ class Request:
         self.method, target, self.version = line.groups("1.1")
         if self.version >= "2":
             raise HttpError(505, f"HTTP/{self.version} is not supported, only HTTP/1.1")
-        self._check_headers()
+        self._read_headers()
         if self.method not in METHODS:
             message = f"method {self.method[:20]} is not supported, only GET, HEAD and OPTIONS"
             raise HttpError(405, message, Allow=ALLOWED)
@@ -109,22 +109,13 @@ class Request:
             raise HttpError(414, f"query of {len(url.query)} bytes: at most {MAX_QUERY} are allowed")
         self.path, self.query = unquote(url.path) or "/", url.query
 
-    def _check_headers(self) -> None:
+    def _read_headers(self) -> None:
         if len(self._lines) > MAX_HEADERS + 1:
             raise HttpError(431, f"more than {MAX_HEADERS} headers")
         for line in self._lines[1:]:
-            if not HEADER.fullmatch(line):  # a folded one too, because it could be echoed as two
+            if not (header := HEADER.fullmatch(line)):  # a folded one too, because it could be echoed as two
                 raise HttpError(400, f"not a header: {line[:40]!r}")
-            self._header_lines.append(line)
-
-    @cached_property
-    def _headers(self) -> dict[str, list[str]]:
-        """Made when a header is asked for: most responses need none."""
-        headers: dict[str, list[str]] = {}
-        for line in self._header_lines:
-            name, _, value = line.partition(":")
-            headers.setdefault(name.lower(), []).append(value.strip(" \t"))
-        return headers
+            self._headers.setdefault(header[1].lower(), []).append(header[2].strip(" \t"))
 
     def all(self, header: str) -> list[str]:
         """The values of the headers of this name, which is given in lower case."""
@@ -132,7 +123,7 @@ class Request:
 
     def first(self, header: str) -> str:
         """The value of the first header of this name; "" without one."""
-        return self._headers.get(header, [""])[0]
+        return self._headers[header][0] if header in self._headers else ""
 
     def tokens(self, header: str) -> list[str]:
         """The items, in lower case, of a header whose value is a list."""
