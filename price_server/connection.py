@@ -51,9 +51,9 @@ TRANSITIONS = {
 
 
 class Request(NamedTuple):
-    """The head of an HTTP request is complete; None when it is over the limit."""
+    """The head of an HTTP request is complete, or over the limit already."""
 
-    head: bytes | None
+    head: bytes
 
 
 class Message(NamedTuple):
@@ -94,28 +94,27 @@ class Connection:
         After a Request the caller calls `become_client` or `finish_with`.
         """
         if self.state is State.VISITOR:
-            parts = self._read_request(data)
-            if parts is None:
+            head, data = self._read_request(data)
+            if not head:
                 return
-            head, data = parts
             yield Request(head)
         if self.state is State.CLIENT and self.feed.format.is_two_way and data:
             yield from self._read_messages(data, now)
         # After the last bytes everything is discarded: closing the socket over it would destroy them.
 
-    def _read_request(self, data: bytes) -> tuple[bytes | None, bytes] | None:
-        """Add to the request. Its head (None when over the limit) and what follows it; None while it has no end."""
+    def _read_request(self, data: bytes) -> tuple[bytes, bytes]:
+        """Add to the request. Its head and what follows it; the head is empty while it has no end."""
         if self._inbox:
             self._inbox += data
         request = self._inbox or bytearray(data)
         end = find_end(request, self._searched)
         self._searched = len(request)
-        is_too_large = (end if end >= 0 else len(request)) > MAX_REQUEST
-        if end < 0 and not is_too_large:
+        if end < 0 and len(request) <= MAX_REQUEST:
             self._inbox = request
-            return None
+            return b"", b""
         self._inbox = None
-        return (None, b"") if is_too_large else (bytes(request[:end]), bytes(request[end:]))
+        end = len(request) if end < 0 else end
+        return bytes(request[:end]), bytes(request[end:])
 
     def _read_messages(self, data: bytes, now: float) -> Iterator[Message]:
         reader = self._reader = self._reader or MessageReader()

@@ -26,7 +26,7 @@ from .loop import Loop, RateLimitedLog
 from .prices import Feed, Prices
 from .status import Status
 from .transport import Transport, socket_room
-from .web import MAX_REQUEST, HttpError, NewClient, Response, Site
+from .web import NewClient, Site
 
 OWN_FILES = 20  # descriptors that are not connections: logs, listener, selector, archive, CoinAPI
 SPARE_VISITORS = 30  # visitors that find room when the server is full of clients
@@ -163,12 +163,8 @@ class Hub:
     # Requests and clients
 
     def _respond(self, connection: Connection, request: Request) -> None:
-        if request.head is None:
-            response: Response | NewClient = self._site.refuse(
-                HttpError(431, f"request of more than {MAX_REQUEST} bytes")
-            )
-        else:
-            response = self._site.respond(request.head)
+        response = self._site.respond(request.head)
+        del self._visitors[connection]
         if isinstance(response, NewClient):
             self._admit(connection, response)
             return
@@ -179,17 +175,11 @@ class Hub:
                 self._log.warn("full", f"full, clients connected: {len(self.clients)}; the next ones get 503")
         body = response.body
         pieces = [response.head, *body] if isinstance(body, list) else chain((response.head,), body)
-        self._finish(connection, pieces, DOWNLOAD_TIMEOUT)
-
-    def _finish(self, visitor: Connection, pieces: Iterable[bytes], seconds: float) -> None:
-        """Send a visitor its last bytes."""
-        del self._visitors[visitor]
-        self._finishing[visitor] = None
-        visitor.finish_with(pieces, self._loop.clock() + seconds)
+        self._finishing[connection] = None
+        connection.finish_with(pieces, self._loop.clock() + DOWNLOAD_TIMEOUT)
 
     def _admit(self, connection: Connection, new_client: NewClient) -> None:
         feed = self._prices.feeds[new_client.format]
-        del self._visitors[connection]
         connection.become_client(feed, new_client.assets, new_client.head)
         if close := self.deny_close:  # read once, because another thread may set it
             self._status.refused["denied"] += 1

@@ -86,11 +86,14 @@ class Request:
 
     def __init__(self, head: bytes):
         self.method = ""
+        self._size = len(head)
         self._lines = head.decode("latin-1").replace("\r\n", "\n").rstrip("\n").split("\n")
         self._headers: dict[str, list[str]] = {}
 
     def parse(self) -> None:
         """Set `method`, `version`, `path` and `query`. Raises HttpError for a malformed or unsupported request."""
+        if self._size > MAX_REQUEST:
+            raise HttpError(431, f"request of more than {MAX_REQUEST} bytes")
         if not (line := REQUEST_LINE.fullmatch(self._lines[0])):
             raise HttpError(400, f"not a request line: {self._lines[0][:40]!r}")
         self.method, target, self.version = line.groups("1.1")
@@ -175,7 +178,7 @@ class Site:
         self.pages = Pages(folder)
 
     def respond(self, head: bytes) -> Response | NewClient:
-        """The response to a request, given its complete head."""
+        """The response to a request, given its complete head, or more of it than is allowed."""
         request = Request(head)
         try:
             request.parse()
@@ -183,13 +186,9 @@ class Site:
                 return self._options(request)
             return self._route(request)
         except HttpError as error:
-            return self.refuse(error, request)
-
-    def refuse(self, error: HttpError, request: Request | None = None) -> Response:
-        """The response for an error; without a request, for one whose head was too large."""
-        body = json.dumps({"error": str(error)}).encode()
-        response = self._send(request, body, status=error.status, headers=error.headers)
-        return response._replace(refused=error.refused)
+            body = json.dumps({"error": str(error)}).encode()
+            response = self._send(request, body, status=error.status, headers=error.headers)
+            return response._replace(refused=error.refused)
 
     def _route(self, request: Request) -> Response | NewClient:
         match request.path.split("/"):
@@ -320,20 +319,20 @@ class Site:
     # HTTP
 
     def _send(
-        self, request: Request | None, *body: bytes, status: int = 200, headers: dict[str, str] | None = None
+        self, request: Request, *body: bytes, status: int = 200, headers: dict[str, str] | None = None
     ) -> Response:
         """A response of known length, JSON unless a header says otherwise; HEAD gets the same without its body."""
         fields = {"Content-Type": JSON, "Content-Length": str(sum(map(len, body)))}
         head = self._head(request, status, fields | (headers or {}))
-        return Response(head, [] if request and request.method == "HEAD" else list(body), status)
+        return Response(head, [] if request.method == "HEAD" else list(body), status)
 
-    def _head(self, request: Request | None, status: int, headers: dict[str, str]) -> bytes:
+    def _head(self, request: Request, status: int, headers: dict[str, str]) -> bytes:
         """headers: those that not every response has; more are added to them."""
         if not self.origins.is_restricted:
             headers["Access-Control-Allow-Origin"] = "*"
         else:
             headers["Vary"] = f"Origin, {headers['Vary']}" if "Vary" in headers else "Origin"
-            if request and request.all("origin") and self._may_read(request):
+            if request.all("origin") and self._may_read(request):
                 headers["Access-Control-Allow-Origin"] = request.first("origin")
         caching = "no-cache" if "ETag" in headers else "no-store"
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])

@@ -145,6 +145,12 @@ def test_a_line_that_is_no_header_is_refused_by_name(priced: Site, line: str) ->
     assert (response.status, response.error) == (400, f"not a header: {line!r}")
 
 
+def test_a_request_has_at_most_32_kib(priced: Site) -> None:
+    begin, end = b"GET /prices HTTP/1.1\r\nX: ", b"\r\n\r\n"
+    for size, status in ((32_768, 200), (32_769, 431)):
+        assert send(priced, begin + b"x" * (size - len(begin + end)) + end).status == status
+
+
 def test_headers_may_have_any_case_no_space_or_much_of_it_and_latin_letters(narrowed: Site) -> None:
     lines = "X-Word: naïve\r\nX-Empty:\r\norigin:https://example.org\r\nHOST:   x \t \r\nX-Tab: a\tb\r\n"
     response = send(narrowed, f"GET /prices HTTP/1.1\r\n{lines}\r\n".encode("latin-1"))

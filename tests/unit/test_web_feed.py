@@ -6,9 +6,9 @@ import re
 import pytest
 from raw import HEADERS
 from raw import request as upgrade
-from sites import ALL, client, get, poll, read, send
+from sites import ALL, client, get, poll, send
 
-from price_server.web import HttpError, NewClient, Response, Site
+from price_server.web import HttpError, NewClient, Request, Response, Site
 
 # The upgrade
 
@@ -117,10 +117,15 @@ def test_the_one_over_max_clients_gets_503_with_retry_after(site: Site, target: 
     assert get(site, "/prices").status == 200
 
 
-def test_a_refusal_reason_nobody_knew_before_gets_its_response_and_its_counter(site: Site) -> None:
-    response = site.refuse(HttpError(429, "too many from you", "greedy", Retry_After="7"))
-    got = read(response)
-    assert (got.status, got.error, got.headers["Retry-After"]) == (429, "too many from you", "7")
+def test_a_refusal_reason_nobody_knew_before_gets_its_response_and_its_counter(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: Request) -> None:
+        raise HttpError(429, "too many from you", "greedy", Retry_After="7")
+
+    monkeypatch.setattr(site, "check_admission", refuse)
+    response = send(site, upgrade("/ws"))
+    assert (response.status, response.error, response.headers["Retry-After"]) == (429, "too many from you", "7")
     site.status.refused[response.refused] += 1
     assert b'\nprice_tracker_clients_refused_total{reason="greedy"} 1\n' in get(site, "/metrics").body
 
