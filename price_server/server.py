@@ -113,7 +113,7 @@ class PriceServer(WebsocketServer):
             log=self._log,
             call_back=self._call_back,
             make_handler=lambda connection: ClientHandler(self, connection),
-            on_housekeeping=self._run_housekeeping,
+            on_housekeeping=lambda: self.on_housekeeping(),  # which may be set later
             on_end=self._stop_archive,
         )
 
@@ -288,7 +288,7 @@ class PriceServer(WebsocketServer):
             self._loop.stop()
 
     def _open_archive(self, file: str) -> None:
-        self._archive = archive = Archive(
+        self._archive = self._status.archive = archive = Archive(
             file,
             self._status.source,
             self._status.quote,
@@ -297,13 +297,6 @@ class PriceServer(WebsocketServer):
             wall_clock=self._wall_clock,
         )
         archive.start()
-
-    def _run_housekeeping(self) -> None:
-        if self._archive:
-            self._status.history_state = self._archive.state
-            self._status.history_write_errors = self._archive.write_errors
-            self._status.history_last_write = self._archive.last_write
-        self.on_housekeeping()
 
     def _stop_archive(self) -> None:
         if self._archive:

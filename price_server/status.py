@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from . import clocks
 from .formats import FORMATS
@@ -37,6 +37,12 @@ ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in the value 
 OPEN_FILES = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 Samples = Mapping[str, float | None] | float | None  # what is None is not known
+
+
+class ArchiveState(Protocol):
+    state: str  # "ok" or "failing"
+    write_errors: int
+    last_write: float  # epoch seconds
 
 
 @dataclass(eq=False)
@@ -83,10 +89,7 @@ class Status:
         self._last_success: float | None = None  # by the age clock
         self._last_success_time = 0.0  # epoch seconds
 
-        # These are None without a file.
-        self.history_state: str | None = None  # "ok" or "failing"
-        self.history_write_errors: int | None = None
-        self.history_last_write: float | None = None  # epoch seconds
+        self.archive: ArchiveState | None = None  # with a history file
 
     # What changes it
 
@@ -154,7 +157,7 @@ class Status:
             "ranges": self.history.describe(),
             "last_error": self.last_error,
             "version": self.version,
-            "history": self.history_state,
+            "history": self.archive.state if self.archive else None,
         }
 
     def metrics(self) -> str:
@@ -164,7 +167,8 @@ class Status:
         prices = by("asset_id", {asset: update.price for asset, update in latest}, quote=self.quote)
         times = by("asset_id", {asset: _epoch(update.time) for asset, update in latest}, quote=self.quote)
         build = by("version", {self.version: 1}, python=platform.python_version())
-        last_write = self.history_last_write
+        archive = self.archive
+        write_errors, last_write = (archive.write_errors, archive.last_write) if archive else (None, None)
         metrics = [
             metric("clients", "Open clients.", self.client_count),
             metric("clients_by_format", "Open clients, by how they are written to.", by("format", self.clients)),
@@ -189,7 +193,7 @@ class Status:
             metric("http_responses_total", "HTTP responses, by their status.", by("status", self.http_responses)),
             metric("visitors", "Connections that are not clients.", self.visitors),
             metric("batch_seconds_max", "The longest batch of events of the last 60 s.", self.batch_seconds_max),
-            metric("history_write_errors_total", "Failed writes of the history file.", self.history_write_errors),
+            metric("history_write_errors_total", "Failed writes of the history file.", write_errors),
             metric("history_last_write_timestamp_seconds", "Last write of the file; 0 for none.", last_write),
             metric("start_timestamp_seconds", "When the server was made.", self.started_at),
             metric("build_info", "Always 1; its labels say what runs.", build),

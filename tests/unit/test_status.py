@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_health_has_exactly_these_fields(status: Status, clock: Clock) -> None:
     assert list(status.health().items()) == list(expected.items())
     poll(status, ETH=2.0)
     clock.now, status.clients["websocket"], status.clients["event_stream"] = 1.23456, 2, 1
-    status.history_state = "failing"
+    status.archive = SimpleNamespace(state="failing", write_errors=1, last_write=0.0)
     assert status.health() == expected | {
         "status": "ok",
         "time": 1_800_000_001.485,
@@ -197,7 +198,7 @@ def test_metrics_are_exactly_these(status: Status, clock: Clock) -> None:
     status.http_responses[404] += 3
     status.messages_sent, status.clients_accepted, status.paused = 123_456_789, 8, True
     status.clients.update(websocket=5, event_stream=2)
-    status.history_state, status.history_write_errors, status.history_last_write = "ok", 4, 1_799_999_999.5
+    status.archive = SimpleNamespace(state="ok", write_errors=4, last_write=1_799_999_999.5)
     assert metrics(status) == AT_THE_START | {
         "clients": 7,
         "clients_by_format format=websocket": 5,
