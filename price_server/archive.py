@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .history import RANGES, Known, Points, Poll, encode_point
+from .history import RANGES, Known, Poll, encode_point
 
 MAX_WAITING = 50_000  # prices that wait for a disk; more are dropped, and the file is then compared with memory again
 BUSY_TIMEOUT = 0.1  # seconds of waiting for another program's lock, before that is a failure to be tried again
@@ -53,7 +53,7 @@ class Archive:
     """The file and its thread. `start`, `write` and `stop` are for other threads.
 
     source, quote: part of each point's key: simulated prices, or those in another currency, are never mixed in.
-    loaded: called in the archive's thread with the step and the points of each range, whenever the file was read. It
+    loaded: called in the archive's thread with the step and the texts of each range, whenever the file was read. It
         must have the thread that owns the history call `History.load`, and `write` with the result.
     """
 
@@ -66,7 +66,7 @@ class Archive:
         quote: str,
         assets: Iterable[str],
         *,
-        loaded: Callable[[int, dict[str, Points]], object],
+        loaded: Callable[[int, dict[str, bytes]], object],
         wall_clock: Callable[[], float] = time.time,
     ):
         self._file, self._key, self._assets = file, (source, quote), tuple(assets)
@@ -158,7 +158,7 @@ class Archive:
                 if self._waiting[0] is change:  # it was not dropped meanwhile
                     self._waiting.popleft()
             if isinstance(change, Known):
-                self._expected -= 1
+                self._expected = max(self._expected - 1, 0)
 
     def _write(self, disk: sqlite3.Connection, change: Poll | Known) -> None:
         """In one transaction, write these points and delete those that memory no longer holds."""
@@ -172,20 +172,20 @@ class Archive:
         self._must_read, self._expected = False, 0
         try:
             for span in RANGES:
-                loaded = self._read(disk, span.step)
+                texts = self._read(disk, span.step)
                 self._expected += 1
-                self._loaded(span.step, loaded)
+                self._loaded(span.step, texts)
         except BaseException:
             self._must_read = True
             raise
 
-    def _read(self, disk: sqlite3.Connection, step: int) -> dict[str, Points]:
-        points: dict[str, Points] = {asset: {} for asset in self._assets}
+    def _read(self, disk: sqlite3.Connection, step: int) -> dict[str, bytes]:
+        points: dict[str, list[bytes]] = {asset: [] for asset in self._assets}
         for number, asset, at, price in disk.execute(READ, (step, *self._key)):
             if asset in points:
                 # Rounding to milliseconds must not move it into the next step.
-                points[asset][number] = encode_point(min(at, (number + 1) * step - 0.001), price)
-        return points
+                points[asset].append(encode_point(min(at, (number + 1) * step - 0.001), price))
+        return {asset: b",".join(each) for asset, each in points.items() if each}
 
     def _limit_wal(self, disk: sqlite3.Connection) -> None:
         """Empty FILE-wal when it is too large: it grows while another program reads for long, and shrinks only so."""
@@ -211,6 +211,8 @@ class Archive:
             logger.log(NOTICE, "history file %r is up to date again", self._file)
 
     def _note_failure(self, error: Exception) -> None:
+        if not isinstance(error, (ArchiveError, OSError, sqlite3.Error)):
+            logger.exception("the history file had an error, and is tried again")
         self._pause = self.retry_interval
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits are details
         if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):

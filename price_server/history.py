@@ -36,7 +36,6 @@ RANGES = (  # about 360 points each; a step is the key of its range, also in the
 Text = bytes | bytearray  # points with commas between them: [1800000000.123,45000.0],[1800000010.123,45001.5]
 Row = tuple[int, int, str, float, str]  # step, number of the step, asset, epoch seconds, price
 Forgotten = tuple[int, int, str]  # step, number of the step, asset: of a point that memory no longer holds
-Points = dict[int, bytes]  # made by `encode_point`, by the number of their step
 
 
 class Poll(NamedTuple):
@@ -111,12 +110,13 @@ class History:
             forgotten += range_points.add(int(at // step), points)
         return Poll(at, prices, tuple(self._by_step), forgotten)
 
-    def load(self, step: int, loaded: Mapping[str, Points]) -> Known:
-        """Add what a file has of one range, by asset, before what is here; on the same step, what is here wins.
+    def load(self, step: int, texts: Mapping[str, bytes]) -> Known:
+        """Add what a file has of one range before what is here; on the same step, what is here wins.
 
+        texts: by asset, points made by `encode_point` in the order of time, each step once, with commas between them.
         Returns what the archive must write: what was here already.
         """
-        return self._by_step[step].load(loaded)
+        return self._by_step[step].load(texts)
 
     def describe(self) -> list[dict[str, Any]]:
         """The ranges, as /healthz shows them; `since` is the time of the oldest point that is shown, or None."""
@@ -162,9 +162,9 @@ class _RangePoints:
         self._forget_shown()
         return forgotten
 
-    def load(self, loaded: Mapping[str, Points]) -> Known:
+    def load(self, texts: Mapping[str, bytes]) -> Known:
         known = {asset: bytes(series.text) for asset, series in self._series.items() if series.text}
-        dropped = [(asset, self._series[asset].load(points)) for asset, points in loaded.items()]
+        dropped = [(asset, self._series[asset].load(text)) for asset, text in texts.items()]
         self._forget_shown()
         forgotten = [(self.span.step, number, asset) for asset, numbers in dropped for number in numbers]
         return Known(self.span.step, known, forgotten)
@@ -221,43 +221,55 @@ class _Series:
 
     def __init__(self, span: Range):
         self._span = span
-        self._set({})
-
-    def _set(self, points: Points) -> None:
-        self.text = bytearray(b",".join(points.values()))
-        self.is_rising = [*points] == sorted(points)  # whether the times rise, as they do until a clock is set back
-        self._count = len(points)
-        self._last = next(reversed(points), -math.inf)  # the number of the last point's step
+        self.text = bytearray()
+        self.is_rising = True  # whether the times only rise, as they do until a clock is set back
+        self._count = 0
+        self._last: float = -math.inf  # the number of the last point's step
 
     def add(self, number: int, point: bytes) -> int | None:
         """Add a point, in place of that of the same step. Returns the number of the step that is dropped for it."""
         if number == self._last:
             self.text[self.text.rindex(b"[") :] = point
             return None
-        if number > self._last and self.is_rising:
-            self.text += b"," + point if self.text else point
-            self._count += 1
-            self._last = number
-        else:
-            points = self._points()
-            points.pop(number, None)
-            self._set(points | {number: point})
+        if number < self._last or not self.is_rising:
+            self._remove(number)
+        self.text += b"," + point if self.text else point
+        self._count += 1
+        self._last = number
         return self._drop_first() if self._count > self._span.max_points else None
 
-    def load(self, loaded: Points) -> list[int]:
+    def _remove(self, number: int) -> None:
+        """Remove the point of this step, if there is one, before one is added that may be earlier than others."""
+        points = {self._number(point): point for point in _split(self.text)}
+        points.pop(number, None)
+        self.text = bytearray(b",".join(points.values()))
+        self.is_rising = [*points, number] == sorted([*points, number])
+        self._count = len(points)
+
+    def load(self, text: bytes) -> list[int]:
         """Add points before all others, but none of a step that is here. Returns the numbers of dropped steps."""
-        points = self._points()
-        self._set({number: point for number, point in loaded.items() if number not in points} | points)
+        held = _split(self.text)
+        known = set(held)
+        added = [point for point in _split(text) if point not in known]  # mostly all or none, and parsing is slow
+        if held and added:
+            numbers = {self._number(point) for point in held}
+            added = [point for point in added if self._number(point) not in numbers]
+        if added:
+            self.is_rising &= not held or _time(added[-1]) < _time(held[0])
+            self._last = self._last if held else self._number(added[-1])
+            self.text = bytearray(b",".join(added + held))
+            self._count += len(added)
         return [self._drop_first() for _ in range(self._count - self._span.max_points)]
 
-    def _points(self) -> Points:
-        return {int(_time(point) // self._span.step): point for point in _split(self.text)}
-
     def _drop_first(self) -> int:
-        number = int(_time(self.text) // self._span.step)
+        number = self._number(self.text)
         del self.text[: self.text.index(b"]") + 2]
         self._count -= 1
         return number
+
+    def _number(self, point: Text) -> int:
+        """The number of the step of a point, or of the first of several."""
+        return int(_time(point) // self._span.step)
 
 
 def _time(text: Text, begin: int = 0) -> float:

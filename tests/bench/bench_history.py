@@ -60,8 +60,8 @@ def fill(assets: tuple[str, ...], clock: Clock) -> History:
     for span in RANGES:
         times = range(int(NOW) - span.seconds, int(NOW) + 1, span.step)
         for asset in assets:
-            points = {at // span.step: encode_point(at, repr(made_up.uniform(0.1, 100_000))) for at in times}
-            past.load(span.step, {asset: points})
+            points = [encode_point(at, repr(made_up.uniform(0.1, 100_000))) for at in times]
+            past.load(span.step, {asset: b",".join(points)})
     return past
 
 

@@ -16,7 +16,7 @@ from history_files import NOON, fill, rows
 from running import wait_for
 
 from price_server.archive import Archive
-from price_server.history import History, Points
+from price_server.history import History
 
 NAMES = ("1h", "24h", "7d", "30d", "1y")
 connect = sqlite3.connect  # some tests replace it
@@ -43,10 +43,10 @@ class Past(Archive):
         self.loads = 0
         super().__init__(str(file), source, quote, assets, loaded=self.load, wall_clock=lambda: self.now)
 
-    def load(self, step: int, loaded: dict[str, Points]) -> None:
+    def load(self, step: int, texts: dict[str, bytes]) -> None:
         with self.owner:
             self.loads += 1
-            self.write(self.history.load(step, loaded))
+            self.write(self.history.load(step, texts))
 
     def poll(self, price: str, *assets: str, at: float | None = None) -> None:
         with self.owner:

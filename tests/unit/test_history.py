@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from price_server.history import RANGES, History, Known, Points, Poll, Range, encode_point
+from price_server.history import RANGES, History, Known, Poll, Range, encode_point
 
 NOON = 1_800_000_000.0  # a whole number of every step but the day's
 DAY = 86_400
@@ -38,9 +38,9 @@ class Past(History):
         return next(shown["since"] for shown in self.describe() if shown["name"] == name)
 
 
-def loaded(step: int, *points: tuple[float, str]) -> dict[str, Points]:
+def loaded(*points: tuple[float, str]) -> dict[str, bytes]:
     """What a file has of BTC."""
-    return {"BTC": {int(at // step): encode_point(at, price) for at, price in points}}
+    return {"BTC": b",".join(encode_point(at, price) for at, price in points)}
 
 
 def year() -> Past:
@@ -48,7 +48,7 @@ def year() -> Past:
     past = Past("BTC")
     for span in RANGES:
         numbers = range(span.max_points - 1, -1, -1)
-        past.load(span.step, loaded(span.step, *((NOON - number * span.step, str(number)) for number in numbers)))
+        past.load(span.step, loaded(*((NOON - number * span.step, str(number)) for number in numbers)))
     return past
 
 
@@ -114,13 +114,13 @@ def test_ranges_are_looked_through_once_a_poll_however_often_they_are_asked_for(
     assert past.since("1h") == NOON
     past.poll("1", "A000", at=NOON - 100)
     assert past.since("1h") == NOON - 100
-    past.load(10, {"A001": {179999900: b"[1799999000.000,1]"}})
+    past.load(10, {"A001": b"[1799999000.000,1]"})
     assert past.since("1h") == NOON - 1000
 
 
 def test_a_point_of_this_moment_is_shown_and_one_a_millisecond_ahead_is_not() -> None:
     past = Past("BTC")
-    past.load(10, loaded(10, (NOON - 10, "1"), (NOON, "2")))
+    past.load(10, loaded((NOON - 10, "1"), (NOON, "2")))
     assert past.points() == [[NOON - 10, 1], [NOON, 2]]
     past.now = NOON - 0.001
     assert past.points() == [[NOON - 10, 1]]
@@ -222,7 +222,7 @@ def test_points_ahead_of_a_clock_that_was_set_back_are_hidden_until_it_reaches_t
     past.poll("3", "BTC", at=NOON - 3000)
     assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3]]}'
     past.poll("4", "BTC", at=NOON + 5)
-    assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3],[1800000005.000,4]]}', "its step has been polled again"
+    assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3],[1800000005.000,4]]}', "its step was polled again"
     past.now = NOON + 20
     assert past.text("1h", "BTC") == '{"BTC":[[1799997000.000,3],[1800000005.000,4],[1800000020.000,2]]}'
     assert past.since("1h") == NOON - 3000
@@ -278,8 +278,9 @@ def test_whatever_the_clock_does_each_series_is_what_the_plain_rule_says(steps: 
         changes: list[Poll | Known] = []
         if what == "load":
             for span in spans:
-                points = [(NOON + tick * 5, f"{number}.5") for tick in sorted(value)]  # type: ignore[call-overload]
-                changes.append(past.load(span.step, loaded(span.step, *points)))
+                last = {tick * 5 // span.step: tick for tick in sorted(value)}  # type: ignore[call-overload]
+                points = [(NOON + tick * 5, f"{number}.5") for tick in last.values()]
+                changes.append(past.load(span.step, loaded(*points)))
                 models[span, "BTC"].load(points)
         else:
             past.now = NOON + value * 5  # type: ignore[operator]
@@ -324,7 +325,7 @@ def test_what_is_loaded_comes_before_what_is_here_which_wins_on_the_same_step() 
     past = Past()
     past.poll("1", at=NOON)
     past.poll("2", at=NOON + 10)
-    known = past.load(10, loaded(10, (NOON - 9.5, "7"), (NOON + 0.5, "8"), (NOON + 30.5, "9")))
+    known = past.load(10, loaded((NOON - 9.5, "7"), (NOON + 0.5, "8"), (NOON + 30.5, "9")))
     assert list(known.rows()) == [
         (10, 180000000, "BTC", NOON, "1"),
         (10, 180000001, "BTC", NOON + 10, "2"),
