@@ -178,6 +178,8 @@ def test_only_an_allowed_origin_may_read(narrowed: Site) -> None:
         refusal = send(narrowed, upgrade(target, Origin="https://example.com"))
         assert (refusal.status, refusal.refused) == (403, "origin")
         assert refusal.error == "origin https://example.com is not allowed"
+    stream = client(narrowed, upgrade("/stream", Origin="https://example.org"))
+    assert b"\r\nAccess-Control-Allow-Origin: https://example.org\r\n" in stream.head
     origin = "https://" + "x" * 500
     assert send(narrowed, upgrade(Origin=origin)).error == f"origin {origin[:100]} is not allowed"
 
