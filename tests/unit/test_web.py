@@ -174,12 +174,8 @@ def test_400_assets_fit_into_a_query(folder: Path) -> None:
 def test_what_a_request_does_not_have_is_empty() -> None:
     request = Request(b"GET /ws?token=a&token= HTTP/1.1\r\nHost: x\r\n\r\n")
     request.parse()
-    assert [request.fields("token"), request.fields("x"), request.all("x"), request.first("x")] == [
-        ["a", ""],
-        [],
-        [],
-        "",
-    ]
+    assert (request.fields("token"), request.fields("x")) == (["a", ""], [])
+    assert (request.all("x"), request.first("x")) == ([], "")
 
 
 # The prices
@@ -261,7 +257,7 @@ def test_the_past_is_a_csv_file_made_while_it_is_taken(site: Site) -> None:
 
 
 def test_a_file_of_the_page_is_asked_for_again_and_sent_once(site: Site) -> None:
-    response = get(site, "/main.js?v=2", Accept_Encoding="gzip")
+    response = get(site, "/main.js?v=2", Accept_Encoding="br\r\nAccept-Encoding: gzip")
     assert gzip.decompress(response.body) == b"1;" * 500
     headers = dict(response.headers)
     etag, _ = headers.pop("ETag"), headers.pop("Date")
