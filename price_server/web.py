@@ -236,8 +236,7 @@ class Site:
 
     def check_admission(self, request: Request) -> None:
         """Raises HttpError for a request on the feed's paths that may not become a client."""
-        if not self._may_read(request):
-            raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed", "origin")
+        self._check_origin(request, refused="origin")
         if self.status.client_count >= self.status.max_clients:
             raise HttpError(503, f"full, clients connected: {self.status.max_clients}", "full", Retry_After="10")
 
@@ -304,8 +303,7 @@ class Site:
         """CORS preflight: https://fetch.spec.whatwg.org/#cors-preflight-fetch."""
         headers = {"Allow": ALLOWED}
         if request.all("origin"):
-            if not self._may_read(request):
-                raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed")
+            self._check_origin(request)
             headers |= {"Access-Control-Allow-Methods": ALLOWED, "Access-Control-Max-Age": "600"}
             asked = ", ".join(request.all("access-control-request-headers"))
             if HEADER_NAMES.fullmatch(asked):
@@ -315,6 +313,10 @@ class Site:
     def _may_read(self, request: Request) -> bool:
         """Whether the request's origin may read. Without that header it is not a browser's, and may."""
         return not request.all("origin") or self.origins.allow(request.first("origin"), request.first("host"))
+
+    def _check_origin(self, request: Request, refused: str = "") -> None:
+        if not self._may_read(request):
+            raise HttpError(403, f"origin {request.first('origin')[:100]} is not allowed", refused)
 
     # HTTP
 
