@@ -362,7 +362,7 @@ def test_an_honest_client_waits_no_longer_and_misses_nothing_beside_clients_that
 
 
 def test_bad_clients_leave_no_traceback_and_no_flood_in_the_log(feed: Feed) -> None:
-    """Runs behind the test of each of them."""
+    """Runs after the test of each of them."""
     assert "Traceback" not in feed.tracker.text
     assert len(feed.tracker.log) <= 5, feed.tracker.text
 
