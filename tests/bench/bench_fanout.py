@@ -52,7 +52,7 @@ TIME = "2021-10-20T21:34:13.0000000Z"  # the stand-in's, so that a tracker sends
 CHUNKS = 4  # parts in which the clients are connected, the sides taking turns
 CONNECT_TIMEOUT = 30.0  # seconds for one part, and for a round: those of the readers
 ROUND_TIMEOUT = 20.0
-BUDGET = 70.0  # seconds of rounds for one N; behind it those missing of --rounds are left out
+BUDGET = 70.0  # seconds of rounds for one N; after it those missing of --rounds are left out
 SETTLE = 0.2  # seconds from the last arrival until clients count as idle
 PAUSE = 0.02  # seconds between two turns, for what is still on its way, like acknowledgements
 

@@ -116,7 +116,7 @@ def test_while_coinapi_fails_trackers_say_stale_and_nobody_is_disconnected_or_ke
             assert client.ping().wait(5)
 
 
-def test_cache_asks_once_for_all_who_wait_and_keeps_no_error(coin_api: StandIn, cache: Nginx) -> None:
+def test_cache_asks_once_for_all_trackers_that_wait_and_keeps_no_error(coin_api: StandIn, cache: Nginx) -> None:
     url = f"http://127.0.0.1:{cache.port}/v1/exchangerate/USD?invert=true&filter_asset_id="
 
     def answer_late(handler: BaseHTTPRequestHandler) -> None:

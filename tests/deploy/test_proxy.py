@@ -247,7 +247,7 @@ def test_metrics_do_not_come_through_however_they_are_spelt(
     assert b"price_tracker_" not in answer
 
 
-def test_json_and_the_page_are_compressed_for_who_takes_it(https: str, certificate: Certificate) -> None:
+def test_json_and_the_page_are_compressed_for_clients_that_take_it(https: str, certificate: Certificate) -> None:
     for path in ("/", "/prices"):
         plain, packed = (
             get(https + path, certificate.context, {"Accept-Encoding": encoding}) for encoding in ("identity", "gzip")
@@ -354,7 +354,7 @@ def test_all_of_an_ipv6_network_counts_as_one_address(certificate: Certificate, 
         assert statuses == [b"101", b"101", b"429", b"101"]
 
 
-def test_who_asks_for_nothing_is_hung_up_on(certificate: Certificate, tmp_path: Path) -> None:
+def test_clients_that_ask_for_nothing_are_hung_up_on(certificate: Certificate, tmp_path: Path) -> None:
     """Here after 1 s instead of 10."""
     change = ("timeout http-request 10s", "timeout http-request 1s")
     with HAProxy(tmp_path, [free_port()] * 3, certificate, change) as proxy:

@@ -362,7 +362,7 @@ def test_an_honest_client_waits_no_longer_and_misses_nothing_beside_clients_that
 
 
 def test_bad_clients_leave_no_traceback_and_no_flood_in_the_log(feed: Feed) -> None:
-    """Runs behind the test of each of them."""
+    """Runs after the test of each of them."""
     assert "Traceback" not in feed.tracker.text
     assert len(feed.tracker.log) <= 5, feed.tracker.text
 
@@ -429,11 +429,11 @@ def seconds_queued(tracker: Tracker) -> dict[str, float]:
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[Tracker], None]]:
-    """Gives the function that stops a tracker, within the 2 s that are promised."""
+def stopping() -> Iterator[Callable[[Tracker], float]]:
+    """Gives the function that stops a tracker, within the 2 s that are promised; it returns how long that took."""
     with Lateness() as lateness:
 
-        def stop(tracker: Tracker) -> None:
+        def stop(tracker: Tracker) -> float:
             before = seconds_queued(tracker)
             queued = dict(before)
             began = time.monotonic()
@@ -447,6 +447,7 @@ def stopping() -> Iterator[Callable[[Tracker], None]]:
             assert lateness.allows(took - waited, 2.0), f"{took:.3f} s, {waited:.3f} s of them without a processor"
             assert tracker.wait() == 0
             assert "Traceback" not in tracker.text
+            return took
 
         yield stop
 
@@ -457,8 +458,9 @@ def test_8000_clients_get_close_1001_within_two_seconds_of_a_signal() -> None:
         threads = tracker.usage()[0]
         assert swarm.hear() == "ready"
         assert tracker.usage()[0] <= threads, "a thread per client"
-        stop(tracker)
-        assert swarm.hear() == {"close 1001": 8_000}
+        took, ends = stop(tracker), swarm.hear()
+        # After 2 s it exits, even if this machine was too busy for it to reach all of them.
+        assert ends == {"close 1001": 8_000} or (took > 2.0 and sum(ends.values()) == 8_000)
 
 
 def test_clients_that_are_frozen_stuck_or_silent_do_not_hold_up_a_stop() -> None:

@@ -341,7 +341,7 @@ def over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 class Proxy(Peer):
     """`with Proxy() as proxy:` a proxy for HTTPS; `asked` has what it was told.
 
-    says: the answer instead of a tunnel. drips: a byte every 20 ms behind it.
+    says: the answer instead of a tunnel. drips: a byte every 20 ms after it.
     """
 
     def __init__(self, says: bytes | None = None, drips: bool = False):

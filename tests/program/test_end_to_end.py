@@ -166,7 +166,7 @@ def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:
         assert list(blocked.values()) == [wanted] * 3
 
 
-# Left running
+# Signals
 
 
 def test_control_c_while_the_program_loads_is_no_traceback(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_alert_runs_its_command_each_time_the_price_crosses_the_line(tmp_pat
             assert (tmp_path / "log").read_text().splitlines() == said
 
 
-def test_a_source_of_ones_own_takes_any_json_address(tmp_path: Path, coin_api: StandIn) -> None:
+def test_your_own_source_takes_any_json_address(tmp_path: Path, coin_api: StandIn) -> None:
     unsound = b'"ETH": null, "BCH": "n/a", "ADA": NaN, "LTC": 0, "LINK": -1, "XLM": true'
     coin_api.say(b'{"BTC": 45000, "XRP": 0.5, %b}' % unsound)
     text = block("python", "class MyPrices")
@@ -118,7 +118,7 @@ def test_a_source_of_ones_own_takes_any_json_address(tmp_path: Path, coin_api: S
         tracker.wait_for_log("WARNING no prices: no answer from my prices: ")
 
 
-def test_a_callback_that_waits_in_a_thread_of_its_own_delays_nobody(
+def test_a_callback_that_waits_in_another_thread_delays_nobody(
     server: PriceServer, updates: Callable[[float], list[PriceUpdate]]
 ) -> None:
     waiting, go_on = threading.Event(), threading.Event()

@@ -103,7 +103,7 @@ def test_without_flags_the_server_gets_the_defaults(
     assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
 
 
-def test_a_source_of_ones_own_is_asked_and_named_in_place_of_coinapi(
+def test_your_own_source_is_asked_and_named_in_place_of_coinapi(
     run_main: Callable[..., Done], made: list[FakePriceServer]
 ) -> None:
     class Own:
@@ -276,7 +276,7 @@ def test_a_port_that_is_taken_is_exit_1_and_one_line(run_main: Callable[..., Don
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1"])
-def test_a_host_that_cannot_be_had_is_exit_1_and_one_line(run_main: Callable[..., Done], host: str) -> None:
+def test_a_host_that_is_not_available_is_exit_1_and_one_line(run_main: Callable[..., Done], host: str) -> None:
     done = run_main("--demo", "--host", host)
     assert done.status == 1
     assert len(done.log) == 1

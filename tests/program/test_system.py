@@ -119,7 +119,7 @@ def test_up_to_ten_thousand_lines_wait() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 20])
-def test_the_end_waits_for_a_stuck_stderr_for_half_a_second_at_the_most(
+def test_the_end_waits_at_most_half_a_second_for_a_stuck_stderr(
     start_log: Callable[..., tuple[Log, Stderr]], lines: int
 ) -> None:
     assert system.FLUSH_TIMEOUT == 0.5

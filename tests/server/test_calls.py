@@ -36,7 +36,7 @@ ALL_AT = {price: [(asset, float(price)) for asset in ASSETS] for price in range(
 # Functions of other threads
 
 
-def test_a_loop_that_was_woken_sleeps_again(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_nothing_to_do_does_not_spin(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
     select, slept = selectors.DefaultSelector.select, threading.Event()
 
     def note(*arguments: Any) -> Any:
@@ -144,7 +144,7 @@ def test_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
 # Batches of events
 
 
-def test_a_function_waits_for_50_ms_of_new_clients(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_publish_waits_for_at_most_50_ms_of_new_clients(server: PriceServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("price_server.transport.ACCEPT_SECONDS", 0.0)
     order: list[str] = []
 
@@ -162,7 +162,7 @@ def test_a_function_waits_for_50_ms_of_new_clients(server: PriceServer, monkeypa
     assert order.index("call") == 1
 
 
-def test_a_function_waits_for_at_most_256_heartbeats(timed: RiggedServer) -> None:
+def test_a_publish_waits_for_at_most_256_heartbeats(timed: RiggedServer) -> None:
     order: list[str] = []
     with contextlib.ExitStack() as stack:
         for _ in range(300):
@@ -249,7 +249,7 @@ def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
 
 
 @pytest.mark.parametrize("name", ["register", "modify"])
-def test_a_connection_that_the_selector_does_not_take_is_ended_and_no_other(
+def test_a_connection_that_cannot_be_watched_is_ended_and_no_other(
     start_server: Callable[..., RiggedServer], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     failing: list[int] = []  # file numbers, or none for the next one
@@ -277,7 +277,7 @@ def test_a_connection_that_the_selector_does_not_take_is_ended_and_no_other(
         assert other.read() == (PONG, b"served")
 
 
-def test_an_event_of_a_connection_that_ended_in_the_same_batch_is_nothing(rigged: RiggedServer) -> None:
+def test_nothing_is_read_of_a_client_that_was_disconnected_in_the_same_moment(rigged: RiggedServer) -> None:
     left: list[int] = []
     received: list[int] = []
     rigged.set_fn_client_left(lambda client, server: left.append(client["id"]))

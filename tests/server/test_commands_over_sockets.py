@@ -63,7 +63,7 @@ def test_what_is_wrong_is_answered_and_changes_nothing(three: RiggedServer) -> N
         assert client.prices(1) == [("ETH", 2.0)]
 
 
-def test_what_is_no_command_is_ignored(three: RiggedServer) -> None:
+def test_what_is_not_a_command_is_ignored(three: RiggedServer) -> None:
     with follows_none(three) as client:
         client.send(frame(TEXT, b"ping") + frame(BINARY, b'{"subscribe":["BTC"]}') + frame(PING))
         assert client.read() == (PONG, b"")

@@ -103,7 +103,7 @@ def test_without_a_descriptor_the_listener_rests_until_the_next_housekeeping(
     assert warnings(caplog) == ["cannot accept clients for now: Too many open files"]
 
 
-def test_a_connection_that_is_gone_before_it_is_accepted_is_nothing(
+def test_a_connection_that_is_gone_before_it_is_accepted_is_no_error(
     timed: RiggedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     timed.listener.error = errno.ECONNABORTED

@@ -166,7 +166,7 @@ def test_a_start_that_fails_before_the_loop_does_not_hang(monkeypatch: pytest.Mo
     assert server.has_ended
 
 
-def test_a_server_that_never_ran_lets_go_of_its_port_and_files(updates: Updates) -> None:
+def test_a_server_that_never_ran_releases_its_port_and_files(updates: Updates) -> None:
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
     for stop in (PriceServer.shutdown_gracefully, PriceServer.shutdown_abruptly, PriceServer.server_close):

@@ -55,7 +55,7 @@ def test_an_update_is_one_line_of_compact_json() -> None:
     assert update.to_json() == '{"asset_id":"BTC","price":45000.0,"time":"2026-11-22T07:44:05.1234567Z"}'
 
 
-def test_no_message_holds_what_is_no_json() -> None:
+def test_no_message_holds_what_is_not_json() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         PriceUpdate("BTC", math.nan, "t").to_json()
 

@@ -114,7 +114,7 @@ def test_only_a_client_gets_prices_and_messages(state: State) -> None:
     assert take(connection) == (b"bye" if state is State.CLOSING else b"")
 
 
-def test_the_end_lets_go_of_everything() -> None:
+def test_the_end_releases_everything() -> None:
     behind, visitor, talking = make_client(), Connection(now=0), make_client()
     behind.publish(ALL, 1, 0)
     assert list(visitor.receive_data(HEAD[:-1], 0)) == []
@@ -142,7 +142,7 @@ def test_a_request_is_taken_whole_and_dribbled(head: bytes) -> None:
 
 
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n", b"\r\n\r\nmore"])
-def test_a_request_over_32_kib_is_handed_over_and_let_go(end: bytes) -> None:
+def test_a_request_over_32_kib_is_handed_over_and_released(end: bytes) -> None:
     connection, begin, end = Connection(now=0), b"x" * 32_765, end or b"xxxx"
     assert list(connection.receive_data(begin, 0)) == []
     assert list(connection.receive_data(end, 0)) == [Request((begin + end).removesuffix(b"more"))]

@@ -1,4 +1,4 @@
-"""frames: RFC 6455 as bytes alone. Numbers behind tests are those of Autobahn|Testsuite's cases.
+"""frames: RFC 6455 as bytes alone. Numbers after tests are those of Autobahn|Testsuite's cases.
 
 What a client would send is made by the frame writer of `websockets`, or stands here byte by byte.
 """
@@ -93,7 +93,7 @@ def test_a_control_frame_between_fragments_comes_at_once() -> None:  # 5.6 to 5.
         assert list(reader.read()) == came
 
 
-def test_reading_may_be_left_behind_a_message_and_go_on_later() -> None:
+def test_reading_may_stop_after_a_message_and_go_on_later() -> None:
     reader = MessageReader()
     reader.receive_data(frame(TEXT, b"one") + fragments(TEXT, b"t", b"wo") + frame(PING, b"three") + frame(TEXT)[:3])
     assert [next(reader.read()) for _ in range(3)] == [(TEXT, "one"), (TEXT, "two"), (PING, b"three")]
@@ -190,7 +190,7 @@ def test_a_length_is_judged_as_soon_as_it_has_come(header: str, read_so_far: lis
     assert read(data[:-1]) == []
 
 
-def test_64_kib_are_the_most_for_fragments_together() -> None:
+def test_fragments_together_have_at_most_64_kib() -> None:
     assert MAX_MESSAGE == 65_536
     most = fragments(BINARY, b"x" * 40_000, b"", b"y" * 25_536)
     assert read(most + most) == [(BINARY, b"x" * 40_000 + b"y" * 25_536)] * 2
@@ -213,7 +213,7 @@ def test_64_kib_are_the_most_for_fragments_together() -> None:
         frame(TEXT, b"a", fin=False) + bytes.fromhex("02ff"),
         frame(TEXT, b"", fin=False) + frame(TEXT, b"b", fin=False),
     ],
-    ids=["last", "first", "behind fragments", "behind a message", "text", "binary", "empty"],
+    ids=["last", "first", "after fragments", "after a message", "text", "binary", "empty"],
 )
 def test_fragments_out_of_order_are_refused_by_their_header(sent: bytes) -> None:
     assert read(sent)[-1] == (1002, "continuation without a start, or a start inside a fragmented message")
@@ -262,7 +262,7 @@ def test_a_close_frame_has_its_code_and_reason() -> None:
     assert encode_close(4999, "grüß") == b"\x88\x08\x13\x87gr\xc3\xbc\xc3\x9f"
 
 
-def test_a_close_reason_has_123_bytes_of_utf8_at_the_most() -> None:
+def test_a_close_reason_has_at_most_123_bytes_of_utf8() -> None:
     assert (MAX_CONTROL, MAX_REASON) == (125, 123)
     assert encode_close(1000, "x" * 123) == b"\x88\x7d\x03\xe8" + b"x" * 123
     for reason in ("ü" * 62, b"x" * 124):

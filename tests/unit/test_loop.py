@@ -173,6 +173,7 @@ def test_before_the_start_and_after_the_end_functions_run_where_they_are_called(
     for state in (State.BEFORE, State.ENDED):
         assert loop.state is state
         assert loop.call(threading.get_ident) == threading.get_ident()
+        assert in_thread(lambda: loop.call(lambda: "elsewhere"))() == "elsewhere"
         loop.call_soon(note(handler, "soon"))
         assert handler.seen.pop() == "soon"
         with pytest.raises(ZeroDivisionError):

@@ -272,7 +272,7 @@ def test_an_outage_is_one_warning_and_one_notice_with_its_length(caplog: pytest.
         ([CoinApiError(f"CoinAPI answered 503: request {number}") for number in range(3)], ["WARNING"]),
         ([CoinApiError("timed out"), CoinApiError("CoinAPI answered 403: no credits")], ["WARNING", "WARNING"]),
     ],
-    ids=["the next outage", "other words behind its colon", "another cause"],
+    ids=["the next outage", "other words after its colon", "another cause"],
 )
 def test_each_cause_is_one_warning_in_each_outage(
     caplog: pytest.LogCaptureFixture, outcomes: list[Outcome], levels: list[str]
