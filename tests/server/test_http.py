@@ -122,6 +122,16 @@ def test_a_large_response_arrives_whole_however_slowly_it_is_taken(filled: Rigge
     assert held(filled) == 0
 
 
+def test_a_response_that_is_not_taken_ends_after_30_s(timed: RiggedServer) -> None:
+    timed.listener.room = 10
+    with visit(timed.port, get("/prices")) as visitor:
+        assert visitor.recv(10)
+        pass_time(timed, 29.5)
+        assert connections(timed) == 1
+        pass_time(timed, 1.0)
+        assert connections(timed) == 0
+
+
 def test_history_fetched_by_four_at_once_costs_no_client_a_price(filled: RiggedServer, updates: Updates) -> None:
     with honest(filled) as client:
         prices(client, 10)
