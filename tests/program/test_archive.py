@@ -406,7 +406,7 @@ def test_a_poll_is_written_whole_or_not_at_all(past: Start, file: Path, disk: ty
 def test_a_file_that_was_deleted_is_made_again_when_it_may_be(
     past: Start, filled: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    history = past(filled, now=NOON + 86400)
+    history, may_access = past(filled, now=NOON + 86400), os.access
     monkeypatch.setattr(os, "access", lambda *_: False)
     history.poll("6", at=NOON + 86401)
     history.saved()
@@ -417,7 +417,15 @@ def test_a_file_that_was_deleted_is_made_again_when_it_may_be(
     wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(filled, ": No such file or directory")
     assert not filled.exists()
+    known_points: list[Any] = []
+    monkeypatch.setattr(history, "write", known_points.append)
+    monkeypatch.setattr(os, "access", may_access)
+    wait_for(lambda: len(known_points) == 5)
+    time.sleep(0.1)
+    assert history.state == "failing", "until what memory has is in the new file"
     monkeypatch.undo()
+    for points in known_points:
+        history.write(points)
     wait_for(lambda: recovered(log, filled))
     assert len(rows(filled)) == known
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
@@ -495,6 +503,7 @@ def test_a_stop_writes_what_is_left_even_in_trouble(past: Start, file: Path, dis
     wait_for(lambda: history.write_errors)
     disk.error = None
     history.poll("2", at=NOON + 10)
+    time.sleep(0.1)
     assert rows(file) == []  # it is not time yet to try again
     history.stop(5)
     assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",)]
