@@ -279,6 +279,8 @@ class Disk(sqlite3.Connection):
 
     def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
         assert self.gate.wait(10)
+        if self.error == "unexpected":
+            raise RuntimeError(self.error)
         if self.error and statement.startswith(self.fails_at):
             error = sqlite3.OperationalError(self.error)
             error.sqlite_errorcode = sqlite3.SQLITE_FULL if "full" in self.error else sqlite3.SQLITE_IOERR
@@ -345,7 +347,9 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(past: Start, filled: 
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
 
 
-@pytest.mark.parametrize(("error", "opened_again"), [("database or disk is full", 0), ("disk I/O error", 1)])
+@pytest.mark.parametrize(
+    ("error", "opened_again"), [("database or disk is full", False), ("disk I/O error", True), ("unexpected", True)]
+)
 def test_a_disk_that_takes_nothing_costs_one_warning_and_no_point(
     past: Start, file: Path, disk: type[Disk], log: Log, error: str, opened_again: bool
 ) -> None:
