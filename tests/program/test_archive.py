@@ -279,6 +279,8 @@ class Disk(sqlite3.Connection):
 
     def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
         assert self.gate.wait(10)
+        if self.error == "unexpected":
+            raise RuntimeError(self.error)
         if self.error and statement.startswith(self.fails_at):
             error = sqlite3.OperationalError(self.error)
             error.sqlite_errorcode = sqlite3.SQLITE_FULL if "full" in self.error else sqlite3.SQLITE_IOERR
@@ -345,7 +347,9 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(past: Start, filled: 
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
 
 
-@pytest.mark.parametrize(("error", "opened_again"), [("database or disk is full", 0), ("disk I/O error", 1)])
+@pytest.mark.parametrize(
+    ("error", "opened_again"), [("database or disk is full", False), ("disk I/O error", True), ("unexpected", True)]
+)
 def test_a_disk_that_takes_nothing_costs_one_warning_and_no_point(
     past: Start, file: Path, disk: type[Disk], log: Log, error: str, opened_again: bool
 ) -> None:
@@ -406,7 +410,7 @@ def test_a_poll_is_written_whole_or_not_at_all(past: Start, file: Path, disk: ty
 def test_a_file_that_was_deleted_is_made_again_when_it_may_be(
     past: Start, filled: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    history = past(filled, now=NOON + 86400)
+    history, may_access = past(filled, now=NOON + 86400), os.access
     monkeypatch.setattr(os, "access", lambda *_: False)
     history.poll("6", at=NOON + 86401)
     history.saved()
@@ -417,7 +421,15 @@ def test_a_file_that_was_deleted_is_made_again_when_it_may_be(
     wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(filled, ": No such file or directory")
     assert not filled.exists()
+    known_points: list[Any] = []
+    monkeypatch.setattr(history, "write", known_points.append)
+    monkeypatch.setattr(os, "access", may_access)
+    wait_for(lambda: len(known_points) == 5)
+    time.sleep(0.1)
+    assert history.state == "failing", "until what memory has is in the new file"
     monkeypatch.undo()
+    for points in known_points:
+        history.write(points)
     wait_for(lambda: recovered(log, filled))
     assert len(rows(filled)) == known
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
@@ -495,6 +507,7 @@ def test_a_stop_writes_what_is_left_even_in_trouble(past: Start, file: Path, dis
     wait_for(lambda: history.write_errors)
     disk.error = None
     history.poll("2", at=NOON + 10)
+    time.sleep(0.1)
     assert rows(file) == []  # it is not time yet to try again
     history.stop(5)
     assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",)]

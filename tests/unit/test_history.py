@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -341,7 +342,18 @@ def test_what_is_loaded_comes_before_what_is_here_which_wins_on_the_same_step() 
 # A table of it
 
 
-def test_csv_is_a_header_and_a_line_for_each_point() -> None:
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the time zone of a process cannot be set here")
+@pytest.mark.usefixtures("far_from_utc")
+def test_csv_is_a_header_and_a_line_for_each_point_in_utc() -> None:
     past = Past()
     past.poll("45000.0", "BTC", at=NOON + 0.413)
     past.poll("1e-07", "ETH", at=NOON + 10)
