@@ -10,9 +10,7 @@ takes, which returns when every client has been sent its prices, and the process
 import argparse
 import math
 import selectors
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -24,29 +22,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from bench_sides import raise_file_limit
-from raw import get, request
+from raw import get, request, visit
 from running import ASSETS
+from swarm import Swarm
 
 from coin_api import PriceUpdate
 from price_server import PriceServer, connection, hub
 
-UPGRADE, STREAM = request().decode(), get("/stream").decode()
+REQUESTS = {"websocket": request(), "stream": get("/stream")}
 PAUSE = 0.3  # seconds between two polls, in which the readers read
 
 
-def read(port: int, clients: int, request: str, reads: bool) -> None:
+def read(what: str, port: int, clients: int, reads: int) -> None:
     """The readers' process: open connections, say so, and read until stdin ends."""
-    raise_file_limit()
     with selectors.DefaultSelector() as selector:
         opened = []
         for _ in range(clients):
-            opened.append(socket.create_connection(("127.0.0.1", port)))
-            opened[-1].sendall(request.encode())
+            opened.append(visit(port, REQUESTS[what]))
             opened[-1].recv(4096)
             if reads:
                 selector.register(opened[-1], selectors.EVENT_READ)
         selector.register(sys.stdin, selectors.EVENT_READ)
-        print("open", flush=True)
+        print('"open"', flush=True)
         while True:
             for key, _ in selector.select():
                 if key.fileobj is sys.stdin:
@@ -54,16 +51,11 @@ def read(port: int, clients: int, request: str, reads: bool) -> None:
                 key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
 
 
-def connect(stack: ExitStack, server: PriceServer, clients: int, request: str, reads: bool = True) -> float:
+def connect(stack: ExitStack, server: PriceServer, clients: int, what: str, reads: bool = True) -> float:
     """Bytes of process memory that a client of this kind takes."""
     before = psutil.Process().memory_info().rss
-    command = [sys.executable, __file__, "--read", str(server.port), str(clients), request, str(int(reads))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    stack.callback(process.wait)
-    assert process.stdin
-    assert process.stdout
-    stack.callback(process.stdin.close)
-    assert process.stdout.readline() == "open\n"
+    swarm = stack.enter_context(Swarm(__file__, what, server.port, clients, int(reads)))
+    assert swarm.hear() == "open"
     return (psutil.Process().memory_info().rss - before) / clients
 
 
@@ -72,7 +64,6 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    raise_file_limit()
     hub.HEARTBEAT_INTERVAL = connection.SLOW_CLIENT_TIMEOUT = math.inf  # readers that never answer or read stay
     half = options.clients // 2
     updates = [PriceUpdate(asset, 45000.0, "2026-11-22T07:44:05.1234567Z") for asset in ASSETS]
@@ -81,13 +72,13 @@ def main() -> None:
         for server in (alone, mixed):
             server.run_forever(threaded=True)
             stack.callback(server.shutdown_abruptly)
-        memory = connect(stack, alone, options.clients, UPGRADE)
+        memory = connect(stack, alone, options.clients, "websocket")
         print(f"memory for a WebSocket client: {memory / 1024:.2f} KiB")
-        connect(stack, mixed, half, UPGRADE)
-        memory = connect(stack, mixed, half, STREAM)
+        connect(stack, mixed, half, "websocket")
+        memory = connect(stack, mixed, half, "stream")
         print(f"memory for an event-stream client: {memory / 1024:.2f} KiB")
         show_polls("half of them over event streams", alone, mixed, updates, options.rounds)
-        connect(stack, mixed, options.clients // 10, STREAM, reads=False)
+        connect(stack, mixed, options.clients // 10, "stream", reads=False)
         show_polls("and a tenth more that never read", alone, mixed, updates, options.rounds)
 
 
@@ -110,7 +101,8 @@ def show_polls(name: str, alone: PriceServer, mixed: PriceServer, updates: list[
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--read"]:
-        read(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], bool(int(sys.argv[5])))
+    raise_file_limit()
+    if sys.argv[1:2] in (["websocket"], ["stream"]):
+        read(sys.argv[1], *map(int, sys.argv[2:]))
     else:
         main()

@@ -3,16 +3,19 @@
 import asyncio
 import json
 import os
-import random
 import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import pytest
+from rigged import Clock, pass_time
 from running import ASSETS, ROOT, outside, wait_for
+
+from coin_api import PriceUpdate
+from price_server import PriceServer
+from price_server.hub import HEARTBEAT_INTERVAL
 
 NODE_MODULES = ROOT / ".venv" / "node_modules"
 LAST = 60.0
@@ -146,31 +149,19 @@ def installed(name: str) -> bool:
 @pytest.fixture(scope="module")
 def visits() -> dict[str, Future[Visit]]:
     """All clients at once at one server, through 60 pings that each of them has to answer."""
-    from coin_api import PriceUpdate
-    from price_server import PriceServer
-    from price_server.connection import Connection, State
-    from price_server.frames import Opcode, encode_frame
 
-    def ping(payload: bytes) -> None:
-        for client in server.clients:
-            connection = client["handler"].connection
-            connection.unanswered = 1
-            connection.enqueue(encode_frame(Opcode.PING, payload))
-            server._hub.flush(connection)
+    def all_answered() -> bool:
+        return not any(client["handler"].connection.unanswered for client in server.clients)
 
-    def all_answered(connections: list[Connection]) -> bool:
-        return not any(each.unanswered and each.state is State.CLIENT for each in connections)
-
-    server = PriceServer(ASSETS, clock=lambda: 0.0)  # which never pings by itself, however slow the machine is
+    server = PriceServer(ASSETS, clock=Clock())  # which pings when the test lets time pass, however slow the machine is
     server.run_forever(threaded=True)
     url = f"ws://127.0.0.1:{server.port}/ws"
     with ThreadPoolExecutor(len(VISITS)) as pool:
         running = {name: pool.submit(visit, url) for name, visit in VISITS.items() if installed(name)}
         wait_for(lambda: len(server.clients) + sum(each.done() for each in running.values()) == len(running), 60)
         for number in range(1, 61):
-            server._loop.call(partial(ping, random.randbytes(125) if number % 2 else b""))
-            pending = [client["handler"].connection for client in server.clients]
-            wait_for(partial(all_answered, pending), 30, "all pongs")
+            pass_time(server, HEARTBEAT_INTERVAL)
+            wait_for(all_answered, what="all pongs")
             server.publish([PriceUpdate(asset, float(number), "now") for asset in ASSETS])
     server.shutdown_gracefully()
     return running

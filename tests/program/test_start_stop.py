@@ -116,20 +116,10 @@ def test_your_own_source_is_asked_and_named_in_place_of_coinapi(
     assert made[1].options["source"] == "demo"
 
 
-@pytest.mark.parametrize("pause", [True, False])
 def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
-    run_main: Callable[..., Done], made: list[FakePriceServer], monkeypatch: pytest.MonkeyPatch, pause: bool
+    run_main: Callable[..., Done], made: list[FakePriceServer], coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-
-    class FakeApi:
-        name = "coinapi"
-
-        def __init__(self, *arguments: object):
-            asked.extend(arguments)
-
-        def fetch_prices(self, asset_ids: object) -> list[PriceUpdate]:
-            return GOOD
 
     class WatchedPoller(Poller):
         def run(self) -> None:
@@ -137,12 +127,12 @@ def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
             self.pause_when_idle = False
             super().run()
 
-    monkeypatch.setattr(tracker, "CoinApi", FakeApi)
     monkeypatch.setattr(tracker, "Poller", WatchedPoller)
-    flags = ["--quote", "eur", "--interval", "9", *(["--pause-when-idle"] if pause else [])]
-    run_main(*flags, COIN_API_KEY=KEY, COIN_API_URL="")  # an empty one is none
-    assert asked == [KEY, "EUR", "https://rest.coinapi.io", 9.0, pause, made[0]]
-    assert made[0].options["pause_when_idle"] is pause
+    monkeypatch.setattr(tracker, "DEFAULT_URL", coin_api.url)
+    run_main("--quote", "eur", "--interval", "9", "--pause-when-idle", COIN_API_KEY=KEY, COIN_API_URL="")  # as without
+    assert asked == [9.0, True, made[0]]
+    assert coin_api.requests[0].path == "/v1/exchangerate/EUR"
+    assert made[0].options["pause_when_idle"] is True
 
 
 @pytest.mark.parametrize(

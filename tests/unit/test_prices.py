@@ -33,18 +33,14 @@ def test_sound_prices_are_kept_as_they_came() -> None:
     [
         (float("nan"), "price nan"),
         (float("inf"), "price inf"),
-        (float("-inf"), "price -inf"),
         (0, "price 0"),
-        (0.0, "price 0"),
         (-0.0, "price -0"),
         (-1.23456789, "price -1.23457"),
         (10**400, "price inf"),
         (2**1023, "price inf"),
         (True, "price 'True' is not a number"),
-        (False, "price 'False' is not a number"),
         (None, "price 'None' is not a number"),
         ("45000", "price '45000' is not a number"),
-        (1j, "price '1j' is not a number"),
         (["x" * 99], f'price "[\'{"x" * 38}" is not a number'),
     ],
 )
