@@ -34,7 +34,7 @@ MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
 MAX_RETRY_AFTER = 900.0  # seconds
 CAUSES = ("refused_key", "forbidden", "rate_limited", "server_error", "timeout", "connection", "bad_answer", "other")
 CAUSES_BY_STATUS = {401: "refused_key", 403: "forbidden", 429: "rate_limited"}
-QUOTES = "\"'"
+QUOTATION_MARKS = "\"'"
 ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # json.dumps would make one for each price
 
 # urllib3's warnings show bad headers, with the key in them if a server sends it back.
@@ -96,7 +96,7 @@ class CoinApi:
         # Checked here because requests would show a bad header's value in its error.
         if not re.fullmatch(r"[!-~]+", key):
             raise ValueError("COIN_API_KEY must be printable ASCII without spaces: copy it again from CoinAPI")
-        if key[0] in QUOTES or key[-1] in QUOTES:
+        if key[0] in QUOTATION_MARKS or key[-1] in QUOTATION_MARKS:
             raise ValueError("COIN_API_KEY has quotes around it, which some readers of env files keep: remove them")
         self._key = key
         parts = _split_url(url)
@@ -113,7 +113,7 @@ class CoinApi:
         self._session = requests.Session()
         self._session.mount("https://", _DeadlineAdapter())
         self._session.mount("http://", _DeadlineAdapter())
-        # A proxy named in the environment must not see the key of a loopback address.
+        # A proxy named in the environment must not see the key that is sent to a loopback address.
         self._session.trust_env = parts.scheme == "https"
         self._session.headers["X-CoinAPI-Key"] = key
         self._session.headers["Accept"] = "application/json"
@@ -261,8 +261,8 @@ class _LostWhileIdle(RemoteDisconnected):
     """A kept-alive connection was reset or closed before the first byte of the answer to its next request."""
 
 
-class _Deadline:
-    """A mixin for urllib3's connection classes, whose timeouts start again with each byte."""
+class _DeadlineConnection:
+    """A mixin for urllib3's connection classes: their own timeouts start again with each byte."""
 
     adapter: "_DeadlineAdapter"
     answers = 0  # over this connection so far
@@ -287,7 +287,7 @@ class _Deadline:
 
 
 class _DeadlineAdapter(HTTPAdapter):
-    """Gives each connection its deadlines, with a proxy or without; repeats a request that a _LostWhileIdle cost."""
+    """Gives each connection its deadlines, with a proxy or without; sends a request again after a _LostWhileIdle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,8 +310,10 @@ class _DeadlineAdapter(HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        if not issubclass(pool.ConnectionCls, _Deadline):
-            pool.ConnectionCls = type("DeadlineConnection", (_Deadline, pool.ConnectionCls), {"adapter": self})
+        if not issubclass(pool.ConnectionCls, _DeadlineConnection):
+            pool.ConnectionCls = type(
+                "DeadlineConnection", (_DeadlineConnection, pool.ConnectionCls), {"adapter": self}
+            )
         return pool
 
 
@@ -368,7 +370,7 @@ def _reason(error: Exception) -> str:
         return "the environment names a SOCKS proxy, which needs one more package: pip install pysocks"
     *_, innermost = _chain(error)
     if isinstance(innermost, TimeoutError):
-        return f"not whole within {ANSWER_TIMEOUT:g} s"
+        return f"not complete within {ANSWER_TIMEOUT:g} s"
     return getattr(innermost, "strerror", None) or f"{type(innermost).__name__}: {innermost}"
 
 

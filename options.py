@@ -21,8 +21,8 @@ EPILOG = f"""environment:
   COIN_API_KEY  the key from CoinAPI; without it, --demo
   COIN_API_URL  another host than {DEFAULT_URL}; plain http only to a loopback address
 
-exit status: 0 stopped by a signal; 1 could not start, and may later; 2 a person must act: wrong usage, no key,
-key refused on the first poll, history file unusable
+exit status: 0 stopped by a signal; 1 could not start, or failed: a later start may succeed; 2 a person must act:
+wrong usage, no key, key refused on the first poll, history file unusable
 """
 
 logger = logging.getLogger("tracker")
@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add("--assets", type=_assets, default=",".join(ASSETS), metavar="BTC,ETH",
         help="what to track, in this order (default: %(default)s)")
-    add("--quote", type=_asset, default=QUOTE, metavar="USD", help="currency of the prices (default: %(default)s)")
+    add("--quote", type=_currency, default=QUOTE, metavar="USD", help="currency of the prices (default: %(default)s)")
     add("--interval", type=_number(float, 0.1, DAY, "a number of seconds"), default=INTERVAL, metavar="SECONDS",
         help="between two polls, 0.1 to 86,400 (default: %(default)s)")
     add("--host", type=_host, default="127.0.0.1",
@@ -51,13 +51,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--demo", action="store_true", help="simulated prices, without a key")
     add("--once", action="store_true", help="print the prices of one poll and exit")
     add("--pause-when-idle", action="store_true", help="do not poll while no client is connected")
-    add("--history", type=_file, metavar="FILE", help="keep the prices of the past here (default: in memory)")
+    add("--history", type=_file, metavar="FILE", help="keep the price history here (default: in memory)")
     add("--max-clients", type=_number(int, 1, 1_000_000, "a number of clients"), default=10_000, metavar="N",
         help="1 to 1,000,000; the next one gets 503 (default: %(default)s)")
     add("--allow-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
         help="origin whose pages may read: https://example.org, chrome-extension://ID, file://, null, or "
              "moz-extension://* and the like; may be repeated (default: all)")
-    add("--log-level", choices=LOG_LEVELS, default="info", help="the least that is logged (default: %(default)s)")
+    add("--log-level", choices=LOG_LEVELS, default="info", help="the lowest level to log (default: %(default)s)")
     add("--version", action="version", version=__version__)
     # fmt: on
     options = parser.parse_args(argv)
@@ -94,6 +94,13 @@ def _asset(text: str) -> str:
     if not re.fullmatch(r"[A-Z0-9][A-Z0-9._-]{0,31}", text.strip(), re.ASCII | re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"{text!r} is not an asset id like BTC")
     return text.strip().upper()
+
+
+def _currency(text: str) -> str:
+    try:
+        return _asset(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a currency like USD") from None
 
 
 def _assets(text: str) -> tuple[str, ...]:

@@ -22,10 +22,10 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-STDERR = 2  # the descriptor: Python's exit would wait for the lock of sys.stderr while a write to it is blocked
+STDERR = 2  # written to with os.write: sys.stderr has a lock, for which Python's exit would wait
 MAX_WAITING = 10_000  # log lines that are not yet written; more are dropped and counted
-FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for stderr
-NOTICE = 25  # the level for the end of what began with a WARNING
+FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for room in the queue, and then for stderr
+NOTICE = 25  # as in price_server/archive.py, the level for the end of what began with a WARNING
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, NOTICE: 5}
 PRIORITIES |= {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
@@ -61,7 +61,7 @@ class Log(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """Wait at most half a second for what is not yet written. Python calls it at its exit too."""
+        """Wait at most a second for what is not yet written. Python calls it at its exit too."""
         super().close()
         logging.getLogger().removeHandler(self)
         if self._ended:
@@ -85,7 +85,7 @@ class Log(logging.Handler):
 
 def start_log(level: str = "info") -> Log:
     """Log to stderr from now on, in a separate thread. Raises RuntimeError when no thread can be started."""
-    if sys.stderr is None:  # closed: otherwise the next socket or file would get descriptor 2, and the log's lines
+    if sys.stderr is None:  # closed: without this, the next socket would become descriptor 2 and receive the log
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
     log = Log()
     # websocket-server called basicConfig when it was imported: without force this would do nothing.
@@ -187,7 +187,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Threads started in this block receive no signals: one delivered to them would not interrupt the main thread."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

@@ -13,11 +13,11 @@ The threads, the same at any number of clients:
 - main waits for a signal, and owns nothing.
 - poller waits for CoinAPI and for the time of the next poll, and owns the HTTP session.
 - server waits for sockets, and owns every connection, the latest prices, the history and the counters. Other threads
-  hand it functions to run; there are no locks.
+  hand it functions to run; there are no locks around these.
 - archive, only with --history FILE, waits for the disk, and owns the SQLite connection.
 - log waits for stderr, and owns the lines that are not yet written.
 
-All but main are daemon threads: a request that hangs in the poller must not keep the program from stopping.
+All but main are daemon threads: one that hangs must not keep the program from stopping.
 """
 
 import logging
@@ -54,8 +54,8 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 MAX_BACKOFF = 15.0  # seconds: an outage must not last much longer here than at CoinAPI; failed requests are not billed
-MAX_WAIT = 15.0  # seconds of one wait: it stands still while the machine sleeps, and an interval may be a day
-READY_AFTER = 2.0  # seconds that the start-up lines wait for the first poll, which may find that the key is refused
+MAX_WAIT = 15.0  # seconds of one wait: its clock stands still while the machine sleeps, and an interval may be a day
+READY_TIMEOUT = 2.0  # seconds that the start-up lines wait for the first poll: it may find that the key is refused
 SWITCH_INTERVAL = 0.0002  # seconds: each send releases the GIL, and a busy thread then keeps it for 5 ms by default
 READY, STOP = "ready", "stop"  # events that main waits for
 
@@ -65,7 +65,8 @@ logger = logging.getLogger("tracker")
 class PriceSource(Protocol):
     """What the poller asks for prices: CoinApi, DemoApi, or your own. It may have a `name`, as they do.
 
-    It may raise anything, which is a failed poll; a CoinApiError says more about it.
+    It may have `credits_used` and `credits_left` too. It may raise anything, which is a failed poll; a CoinApiError
+    says more about it.
     """
 
     def fetch_prices(self, asset_ids: Sequence[str]) -> Iterable[Update]: ...
@@ -78,7 +79,7 @@ class Poller:
     starts new fixed times. `run` is the poller thread; it ends after `stop()`, or when the first poll finds that the
     key is refused.
     clock: seconds that go on while the machine sleeps.
-    ready: called once, when the first poll has ended (unless the key was refused) or waits for the first client.
+    ready: called when the first poll has ended (unless the key was refused), and while it waits for the first client.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Poller:
         self.pause_when_idle = pause_when_idle
         self.clock = clock
         # Set by `stop`, and by the server when a client came: `run` then checks both.
-        self.wake = wake or (server.client_came if pause_when_idle else threading.Event())
+        self.wake = wake or (server.client_connected if pause_when_idle else threading.Event())
         self.ready = ready
         self.stopping = False
         self.key_refused = False
@@ -117,13 +118,13 @@ class Poller:
             if self._failures:  # a retry: if it succeeds, the fixed times start here
                 due = started
             try:
-                retry_after = self.poll()
+                delay = self.poll()
             except Exception:
                 logger.exception("the poll loop failed, and goes on")
-                retry_after = min(self.interval, MAX_BACKOFF)
+                delay = min(self.interval, MAX_BACKOFF)
             if self._polls == 1 and not self.key_refused:
                 self.ready()
-            due = self._next_fixed_time(due) if retry_after is None else started + retry_after
+            due = self._next_fixed_time(due) if delay is None else started + delay
             self._wait_until(due)
 
     def stop(self) -> None:
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None, source: PriceSource | None = None) -
     """Run the program until a signal comes. Returns the exit status. source: your own, instead of CoinAPI."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     try:
-        with system.signals_held():
+        with system.signals_blocked():
             log = system.start_log()
     except RuntimeError as error:
         print(f"tracker.py: {error}", file=sys.stderr)
@@ -243,7 +244,7 @@ def run(source: PriceSource, options: Namespace) -> int:
     poller = Poller(source, server, options.interval, options.pause_when_idle, ready=partial(events.put, READY))
     try:
         _start_threads(server, poller, events)
-        event = _wait_for_event(events, READY_AFTER)
+        event = _wait_for_event(events, READY_TIMEOUT)
         if event != STOP:
             _announce(options, server)
             systemd.tell("READY=1")
@@ -264,10 +265,10 @@ def run(source: PriceSource, options: Namespace) -> int:
 
 
 def make_server(source: PriceSource, options: Namespace) -> PriceServer:
-    """The server, not yet running: your own callbacks go here. Raises OSError, ValueError, RuntimeError."""
+    """The server, not yet running. Raises OSError, ValueError, RuntimeError."""
     system.raise_file_limit(PriceServer.files_needed(options.max_clients))
-    with system.signals_held():
-        return PriceServer(
+    with system.signals_blocked():
+        server = PriceServer(
             options.assets,
             options.host,
             options.port,
@@ -279,14 +280,16 @@ def make_server(source: PriceSource, options: Namespace) -> PriceServer:
             history_file=options.history,
             pause_when_idle=options.pause_when_idle,
         )
+    # Your own callbacks go here.
+    return server  # noqa: RET504
 
 
 def _start_threads(server: PriceServer, poller: Poller, events: queue.SimpleQueue[str]) -> None:
     def poll() -> None:
         poller.run()
-        events.put(STOP)  # it ended by itself: the key was refused
+        events.put(STOP)  # when the key was refused, nobody else does
 
-    with system.signals_held():
+    with system.signals_blocked():
         server.run_forever(threaded=True)
         threading.Thread(target=poll, name="poller", daemon=True).start()
 

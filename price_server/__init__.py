@@ -1,4 +1,4 @@
-"""Everything clients see: the feed, the HTTP paths, the price history. Knows nothing of CoinAPI.
+"""Everything clients see: the feed, the HTTP paths, the price history. Nothing here asks CoinAPI.
 
 Dependencies point down this list and form no circle:
 

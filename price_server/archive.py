@@ -73,7 +73,7 @@ class Archive:
         self._loaded, self._wall_clock = loaded, wall_clock
 
         # For any thread to read.
-        self.state = "opening"  # until `start` returns; then "ok", or "failing" while the file lacks something
+        self.state = "opening"  # then "refused"; or "ok", or "failing" while the file lacks something
         self.write_errors = 0  # times that it could not be opened or written
         self.last_write = 0.0  # epoch seconds; 0.0 for none
 
@@ -236,7 +236,7 @@ class Archive:
         self._disk = None
 
     def _warn(self) -> None:
-        logger.warning("the past is kept in memory alone until the file can be used: %s", self._reason)
+        logger.warning("the price history is kept in memory alone until the file can be used: %s", self._reason)
 
     def _open(self) -> sqlite3.Connection:
         """Open the file. Raises ArchiveError when it is refused; nothing has changed then."""
@@ -267,7 +267,7 @@ def _complaint(path: str) -> str | None:
     if os.path.exists(path) and not os.path.isfile(path):
         return "is not a regular file: remove it"  # opening a pipe would block
     if not os.access(directory, os.W_OK | os.X_OK):
-        return f"gets files beside it: make {directory!r} writable"
+        return f"gets files beside it, like FILE-wal: make {directory!r} writable"
     if not os.path.exists(path):
         return None
     if not os.access(path, os.R_OK | os.W_OK):
@@ -282,7 +282,7 @@ def _complaint_about_head(head: bytes) -> str | None:
     if not head.startswith(b"SQLite format 3\0"):
         return "is not a SQLite database: move it away"
     if len(head) < 100:
-        return "is damaged: put a copy in its place"
+        return "is damaged: restore a backup"
     version, application = struct.unpack_from(">I4xI", head, 60)
     if application != APPLICATION_ID:
         return "is a database of another program: move it away"
@@ -294,7 +294,7 @@ def _complaint_about_head(head: bytes) -> str | None:
 def _complaint_about_content(path: str) -> str | None:
     new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
     if len(new) == 2 and os.path.getsize(path) % 512:
-        return "is damaged (cut off): put a copy in its place"  # SQLite would ignore an incomplete last page
+        return "is damaged (cut off): restore a backup"  # SQLite would ignore an incomplete last page
     disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
         (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
@@ -311,4 +311,4 @@ def _complaint_about_content(path: str) -> str | None:
         return None
     for beside in new:
         Path(beside).unlink(missing_ok=True)
-    return f"is damaged ({verdict.splitlines()[-1]}): put a copy in its place"
+    return f"is damaged ({verdict.splitlines()[-1]}): restore a backup"

@@ -19,7 +19,7 @@ def is_command(message: str | bytes) -> bool:
 def apply_command(text: str, followed: tuple[str, ...], prices: Prices) -> tuple[str, ...]:
     """The assets that a client follows after a command, in the order tracked.
 
-    Raises ValueError for a command that changes nothing; its text is for the client.
+    Raises ValueError for an invalid command; its text is for the client.
     """
     try:
         command = json.loads(text)
@@ -46,5 +46,5 @@ def _read_ids(command: dict[str, object], key: str) -> list[str]:
 
 
 def encode_error(error: ValueError) -> str:
-    """The message that answers a command that changed nothing."""
+    """The message that answers an invalid command."""
     return json.dumps({"error": str(error)}, separators=(",", ":"))

@@ -22,8 +22,8 @@ from .web import MAX_REQUEST, find_end
 REQUEST_TIMEOUT = 10.0  # seconds for a whole request, dribbled or not
 SLOW_CLIENT_TIMEOUT = 30.0  # seconds from when a client falls behind until it has caught up
 MESSAGE_TIMEOUT = 30.0  # seconds for a message to be complete
-DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response, and more for a large one:
-DOWNLOAD_RATE = 8 << 10  # bytes for which there is one second more
+DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response,
+DOWNLOAD_RATE = 8 << 10  # and one second more for so many bytes of it
 LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer hangs up
 CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it hangs up
 SHARED_SIZE = 4 << 10  # bytes; from this size on, a piece that several connections hold is counted once
@@ -50,7 +50,7 @@ TRANSITIONS = {
 }
 
 
-class Request(NamedTuple):
+class RequestHead(NamedTuple):
     """The head of an HTTP request is complete, or over the limit already."""
 
     head: bytes
@@ -88,32 +88,32 @@ class Connection:
 
     # What the peer sends
 
-    def receive_data(self, data: bytes, now: float) -> Iterator[Request | Message]:
+    def receive_data(self, data: bytes, now: float) -> Iterator[RequestHead | Message]:
         """Take what arrived, and yield what is complete in it. Nothing is half done at a yield.
 
-        After a Request the caller calls `become_client` or `finish_with`.
+        After a RequestHead the caller calls `become_client` or `finish_with`.
         """
         if self.state is State.VISITOR:
             head, data = self._read_request(data)
             if not head:
                 return
-            yield Request(head)
+            yield RequestHead(head)
         if self.state is State.CLIENT and self.feed.format.is_two_way and data:
             yield from self._read_messages(data, now)
-        # After the last bytes everything is discarded: closing the socket over it would destroy them.
+        # After the last bytes everything is discarded: a close over unread data would be a reset, and could lose them.
 
     def _read_request(self, data: bytes) -> tuple[bytes, bytes]:
-        """Add to the request. Its head and what follows it; the head is empty while it has no end."""
+        """Add to the request. Returns its head and what follows it; the head is b"" until it is complete."""
         if self._inbox:
             self._inbox += data
         request = self._inbox or bytearray(data)
         end = find_end(request, self._searched)
         self._searched = len(request)
-        if end < 0 and len(request) <= MAX_REQUEST:
+        if not end and len(request) <= MAX_REQUEST:
             self._inbox = request
             return b"", b""
         self._inbox = None
-        end = len(request) if end < 0 else end
+        end = end or len(request)
         return bytes(request[:end]), bytes(request[end:])
 
     def _read_messages(self, data: bytes, now: float) -> Iterator[Message]:
@@ -152,7 +152,7 @@ class Connection:
         self._open_outbox().enqueue(head)
         self._mark_stale(assets)
 
-    def publish(self, assets: tuple[str, ...], sent: int, now: float) -> int:
+    def keep_unsent(self, assets: tuple[str, ...], sent: int, now: float) -> int:
         """The socket took `sent` bytes of the new messages of `assets`; keep the rest.
 
         Returns how many messages were sent, at least in part: the rest of a partially sent one always follows.
@@ -160,11 +160,11 @@ class Connection:
         if self.state is not State.CLIENT:
             return 0
         if self.outbox:
-            if len(self.outbox.stale_assets) < len(self.assets):
+            if len(self.outbox.stale_assets) < len(self.assets):  # otherwise all wait already
                 self.outbox.mark_stale(assets)
             return 0
         begun = self._open_outbox().split_unsent(assets, sent, self.feed.messages)
-        self._update_deadline(now)
+        self._after_send(now)
         return begun
 
     def follow(self, assets: tuple[str, ...]) -> None:
@@ -186,7 +186,7 @@ class Connection:
             self._open_outbox().enqueue(piece)
 
     def finish_with(self, pieces: Iterable[bytes], deadline: float) -> None:
-        """Have these sent as the last bytes, each made when it is sent. `deadline`: for the whole end."""
+        """Have these sent as the last bytes, until `deadline`. A list is taken at once, an iterator as it is sent."""
         self._change_state(State.CLOSING)
         self._inbox = self._reader = None
         self._message_deadline = 0.0
@@ -200,7 +200,7 @@ class Connection:
     def advance(self, sent: int, now: float) -> int:
         """The socket took the first `sent` bytes of `data_to_send`. Returns how many prices were begun."""
         begun = self.outbox.advance(sent, self.feed.messages) if self.outbox else 0
-        self._update_deadline(now)
+        self._after_send(now)
         return begun
 
     def end(self) -> None:
@@ -215,7 +215,7 @@ class Connection:
             self.outbox = Outbox()
         return self.outbox
 
-    def _update_deadline(self, now: float) -> None:
+    def _after_send(self, now: float) -> None:
         """After a send: note whether the peer is behind, and whether the last bytes are out."""
         if not self.outbox:
             if self.state is State.CLOSING:
@@ -238,7 +238,7 @@ class Connection:
     # Limits
 
     def find_overdue(self, now: float) -> str:
-        """Why the time of this connection is over: behind, unfinished or no_close; "" while it is not."""
+        """Why the time of this connection is over: for a client behind, unfinished or no_close; "" while it is not."""
         if self.state is State.CLIENT:
             if self._deadline:  # while it is behind, nothing of it is read
                 return "behind" if self._deadline < now else ""
@@ -259,7 +259,7 @@ def held_bytes(connections: Iterable[Connection]) -> int:
 
 
 def largest_holders(connections: Iterable[Connection], limit: int) -> list[Connection]:
-    """Those without which the others hold at most `limit` bytes. One pass: each may be one of thousands."""
+    """Those without which the others hold at most `limit` bytes. One pass, because there may be thousands."""
     sizes = {connection: held_bytes([connection]) for connection in connections}
     smallest_first = sorted(sizes, key=sizes.__getitem__, reverse=True)[::-1]
     totals = zip(smallest_first, _running_totals(smallest_first), strict=True)

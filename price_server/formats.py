@@ -1,6 +1,7 @@
 """How messages are written to a client: WebSocket frames or Server-Sent Events.
 
-A third format is a class here and a route in web.py. A format has no state: all clients of its kind share it.
+A third format is a class here, an entry in FORMATS and a route in web.py. A format has no state, because all clients of
+its kind share it.
 """
 
 from typing import Protocol

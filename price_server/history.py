@@ -53,7 +53,7 @@ class Poll(NamedTuple):
 
 
 class Known(NamedTuple):
-    """All points of one range, for an archive that was just opened. As text, because copying that is quick."""
+    """All points that one range had before a file was read. As text, because copying that is quick."""
 
     step: int
     texts: dict[str, bytes]
@@ -72,7 +72,7 @@ def encode_point(at: float, price: str) -> bytes:
 
 
 class History:
-    """The last points of each asset in each range. A series drops one only when a newer one arrives.
+    """The last points of each asset in each range. A series drops points only when it is full.
 
     The clock drops nothing, because it may be wrong: points older than the range or ahead of the clock are kept,
     and not shown.
@@ -149,7 +149,7 @@ class _RangePoints:
     def __init__(self, span: Range, assets: Iterable[str]):
         self.span = span
         self._series = {asset: _Series(span) for asset in assets}
-        self._sorted: dict[str, bytes] = {}  # by the time, of series that are not
+        self._sorted: dict[str, bytes] = {}  # points in the order of time, of series that did not arrive so
         self._members: dict[str, tuple[slice, bytes]] = {}  # which part of the text was shown, and its JSON
         self._since: tuple[float, float] | None = None  # when `since` was last asked, and what it was
 

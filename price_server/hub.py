@@ -1,7 +1,7 @@
 """Which connection is a client, what it gets, and when it is dropped: fan-out, admission, deadlines, stop.
 
 Everything here runs in the server thread. A connection is a visitor first. Then it becomes a client, or it is
-finishing: it only takes its last bytes.
+finishing: it takes a response, and is closed.
 """
 
 import logging
@@ -16,7 +16,7 @@ from .connection import (
     NO_FEED,
     Connection,
     Message,
-    Request,
+    RequestHead,
     State,
     held_bytes,
     largest_holders,
@@ -69,7 +69,7 @@ class Hub:
         self._transport = Transport(loop, self, log)
         self.clients: dict[Connection, dict[str, Any]] = {}
         self._visitors: dict[Connection, None] = {}  # the oldest first
-        self._finishing: dict[Connection, None] = {}  # the oldest first; never clients
+        self._finishing: dict[Connection, None] = {}  # the oldest first
         self._last_id = 0
         self._added = 0  # bytes that connections were given since the last count of those held
         self.deny_close: tuple[int, str | bytes] | None = None  # the close that new clients get at once; None: let in
@@ -103,7 +103,7 @@ class Hub:
     # The transport's events
 
     def connection_made(self, connection: Connection) -> None:
-        others = self._visitors or self._finishing  # clients never take all the room
+        others = self._visitors or self._finishing  # `max_clients` leaves room for them
         if others and len(self._visitors) + len(self._finishing) + len(self.clients) >= self._room:
             self.close(next(iter(others)))
         self._visitors[connection] = None
@@ -162,7 +162,7 @@ class Hub:
 
     # Requests and clients
 
-    def _respond(self, connection: Connection, request: Request) -> None:
+    def _respond(self, connection: Connection, request: RequestHead) -> None:
         response = self._site.respond(request.head)
         del self._visitors[connection]
         if isinstance(response, NewClient):
@@ -205,7 +205,7 @@ class Hub:
             self.attempt(self.flush, connection)
 
     def send(self, connection: Connection, message: str | bytes) -> None:
-        """Send a message of user code to a client, after what is pending. Raises ValueError as its format does."""
+        """Send a message of user code to a client, after the bytes that are pending. Raises what its format raises."""
         if connection.state is State.CLIENT:
             self._send(connection, connection.feed.format.encode_message(message))
 
@@ -244,9 +244,9 @@ class Hub:
         joined: dict[tuple[Feed, tuple[str, ...]], tuple[tuple[str, ...], bytes]] = {}
         due: tuple[str, ...] = ()
         feed, followed, data, messages = NO_FEED, due, b"", 0
-        # One loop with its fast path inline: each operation costs 8,000 times.
+        # One loop with its fast path inline, because it runs 8,000 times.
         for connection in list(self.clients):
-            if connection.assets is not followed or connection.feed is not feed:  # mostly as the one before
+            if connection.assets is not followed or connection.feed is not feed:  # most are like the one before
                 feed, followed = connection.feed, connection.assets
                 if (feed, followed) not in joined:
                     if len(joined) >= MAX_JOINED:
@@ -264,7 +264,7 @@ class Hub:
                     if sent == len(data):
                         messages += len(due)
                         continue
-                messages += connection.publish(due, sent, self._loop.clock())
+                messages += connection.keep_unsent(due, sent, self._loop.clock())
                 self._transport.update_interest(connection)
             except Exception as error:
                 self._fail(connection, error)
@@ -276,7 +276,7 @@ class Hub:
         self._loop.call_later(HOUSEKEEPING_INTERVAL, self._run_housekeeping)
         try:
             self._close_overdue()
-            self._transport.resume_listening()
+            self._transport.resume_accepting()
             self._note_stale()
             self._on_housekeeping()
         except BaseException as error:  # user code's sys.exit() too: it would end the thread that serves every client
@@ -316,7 +316,7 @@ class Hub:
     # What is held
 
     def _count_added(self, size: int) -> None:
-        """Note bytes given to a connection. After each 16 MiB, drop the largest holders if all hold too much."""
+        """Note bytes given to one. After each 16 MiB, drop the largest holders if together they hold too much."""
         self._added += size
         if self._added < RECOUNT_AFTER:
             return
@@ -339,7 +339,7 @@ class Hub:
     # The stop
 
     def begin_stop(self) -> None:
-        """Accept no more connections, and send the clients a close; downloads go on."""
+        """Accept no more connections, close visitors, and send clients a close. Responses have a second more."""
         self._transport.close_listener()
         for connection in list(self._visitors):
             self.close(connection)

@@ -1,8 +1,8 @@
 """A selector, and functions handed over by other threads. Knows nothing of clients.
 
 The thread that runs the loop owns everything that its handler serves, so none of it needs a lock. Other threads
-hand over functions. These run in one place, `_between_batches`: never inside one another or in the middle of
-another step.
+hand over functions. While the loop runs, these run in one place, `_between_batches`: never inside one another or in
+the middle of another step.
 """
 
 import heapq
@@ -29,7 +29,7 @@ BATCH_WINDOW = 60.0  # seconds that the longest batch is remembered
 logger = logging.getLogger(__name__)
 
 
-class State(Enum):
+class LoopState(Enum):
     BEFORE = auto()
     RUNNING = auto()
     ENDED = auto()
@@ -46,14 +46,14 @@ class Handler(Protocol):
 
 
 class Loop:
-    """`call_soon`, `call_later`, `run` and `stop` as in asyncio, and `call`, which waits.
+    """`call_soon`, `call_later`, `run` and `stop`, like asyncio's; and `call`, which waits.
 
-    state: before the start and after the end a function runs where it is called.
+    state: before the start and after the end, `call` runs a function where it is called.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-        self.state = State.BEFORE
+        self.state = LoopState.BEFORE
         self.started, self.ended = threading.Event(), threading.Event()
         self._thread_id = threading.get_ident()
         self._once = threading.Lock()  # whoever gets it runs the loop, or ends one that never ran
@@ -77,10 +77,10 @@ class Loop:
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function in the loop's thread, and return what it returns or raise what it raises.
 
-        Raises TimeoutError when it has not begun after 10 s; it is withdrawn then. In the loop's own thread it
-        runs at once.
+        Raises TimeoutError when it has not begun after 10 s; it is withdrawn then. One that has begun has 10 s more.
+        In the loop's own thread it runs at once.
         """
-        if self.state is not State.RUNNING or self.in_loop_thread():
+        if self.state is not LoopState.RUNNING or self.in_loop_thread():
             return function()
         future: Future[Any] = Future()
         self._queue(lambda: _complete(future, function))
@@ -97,7 +97,7 @@ class Loop:
 
         Before the start, the thread that made the loop runs it at once; a function of another waits for the start.
         """
-        if self.state is State.ENDED or (self.state is State.BEFORE and self.in_loop_thread()):
+        if self.state is LoopState.ENDED or (self.state is LoopState.BEFORE and self.in_loop_thread()):
             _log_errors(function)
         else:
             self._queue(lambda: _log_errors(function))
@@ -109,7 +109,7 @@ class Loop:
     def stop(self) -> None:
         """Have the handler begin its stop, and the loop end when the handler is drained, or after a second.
 
-        The stop begins before any function that waits. Another thread that calls this waits for the end, at most 2 s.
+        The stop begins before any function that is queued. A caller in another thread waits for the end, at most 2 s.
         """
         self.request_stop()
         if not self.in_loop_thread():
@@ -132,7 +132,7 @@ class Loop:
         self._calls.append(function)
         if not self.in_loop_thread():
             self._wake()
-        if self.state is State.ENDED:
+        if self.state is LoopState.ENDED:
             self._release_calls()  # the loop ended meanwhile, and may have missed this call
 
     def _wake(self) -> None:
@@ -148,7 +148,7 @@ class Loop:
         if not self._once.acquire(blocking=False):
             raise RuntimeError("this server has run already: make another one")
         self._thread_id = threading.get_ident()
-        self.state = State.RUNNING
+        self.state = LoopState.RUNNING
         self.started.set()
         try:
             while self._stop_deadline is None or not (handler.is_drained() or time.monotonic() >= self._stop_deadline):
@@ -220,7 +220,7 @@ class Loop:
         try:
             handler.end()
         finally:
-            self.state = State.ENDED
+            self.state = LoopState.ENDED
             self._release_calls()
             self._selector.close()
             self._wake_receiver.close()

@@ -25,7 +25,7 @@ def check_origin(text: str) -> str:
         raise ValueError(f"{text!r} is not an origin like https://example.org, chrome-extension://ID, file:// or null")
     scheme, host, port = parts.groups()
     if scheme in DEFAULT_PORTS and host in ("", "*"):
-        raise ValueError(f"{text!r} names no host; to let all web pages read, allow no origin at all")
+        raise ValueError(f"{text!r} names no host; to let all web pages read, leave --allow-origin out")
     if port and host in ("", "*"):
         raise ValueError(f"{text!r} has a port, but no host")
     if port and not 1 <= int(port) <= 65_535:

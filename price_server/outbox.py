@@ -1,7 +1,7 @@
 """What is still to be sent to one connection. No I/O.
 
 First come the pieces that must go out as they are: the rest of a message that is partially sent, a pong,
-an HTTP response. Then come the assets whose current price is to follow. Prices never queue up: a client
+an HTTP response. Then come the stale assets, whose current price is to be sent. Prices never queue up: a client
 that was behind for three polls gets the last one.
 """
 
@@ -113,7 +113,7 @@ class Outbox:
         return begun
 
     def take_uncounted(self) -> int:
-        """Bytes that came to be held since this was last asked, or more."""
+        """Bytes that were added to `pieces` since this was last asked."""
         uncounted, self._uncounted = self._uncounted, 0
         return uncounted
 

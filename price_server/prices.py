@@ -105,9 +105,9 @@ class Prices:
         """These assets, in the order tracked; case does not matter. Raises ValueError for one that is not tracked."""
         chosen = {asset_id.strip().upper() for asset_id in asset_ids}
         for asset_id in sorted(chosen.difference(self.assets)):
-            raise ValueError(self.unknown(asset_id))
+            raise ValueError(self.explain_unknown(asset_id))
         return tuple(asset for asset in self.assets if asset in chosen)
 
-    def unknown(self, asset_id: str) -> str:
+    def explain_unknown(self, asset_id: str) -> str:
         """The error for an asset that is not tracked."""
         return f"unknown asset {asset_id[:40]!r}: this server tracks {', '.join(self.assets)}"

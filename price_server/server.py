@@ -22,7 +22,7 @@ from .connection import Connection
 from .frames import encode_close
 from .history import History
 from .hub import OWN_FILES, SPARE_VISITORS, Hub
-from .loop import Loop, RateLimitedLog, State
+from .loop import Loop, LoopState, RateLimitedLog
 from .prices import Prices, Update, split_sound
 from .status import Status
 from .transport import configure_listener
@@ -44,7 +44,7 @@ class PriceServer(WebsocketServer):
 
     Callbacks run in the server thread, one after the other: one that blocks delays every client. A message is str
     or bytes, as it came; `send_message` sends text for str and binary for bytes.
-    Raises OSError when it cannot listen, ValueError when the history file cannot be used.
+    Raises OSError when it cannot listen, ValueError when the history file cannot be used or an origin is not one.
     """
 
     request_queue_size = 1024
@@ -67,7 +67,7 @@ class PriceServer(WebsocketServer):
         wall_clock: Callable[[], float] = time.time,
     ):
         self.assets = tuple(assets)
-        self.client_came = threading.Event()  # set with each new client, for a poller that pauses
+        self.client_connected = threading.Event()  # set with each new client, for a poller that pauses
         self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second in the server thread
         self._wall_clock = wall_clock
         self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
@@ -123,8 +123,8 @@ class PriceServer(WebsocketServer):
         """Send prices to every client, and return when that is done; no client can block it. Any thread.
 
         Returns the assets that were sent. An update that is not sound (see prices.py) is dropped, and its asset named
-        in the log once, until it has a sound price again; with expect_all so is an asset without an update. Raises
-        TimeoutError when a callback blocks the server thread.
+        in the log once, until it has a sound price again; with expect_all, an asset without an update is named too.
+        Raises TimeoutError when a callback blocks the server thread.
         """
         sound, faults = split_sound(updates, self.assets, expect_all)
         sent: list[str] = self._loop.call(lambda: self._publish(sound, faults))
@@ -205,13 +205,15 @@ class PriceServer(WebsocketServer):
             self._hub.follow(connection, followed)
 
     def _call_back(self, name: str, client: Client, *message: str | bytes) -> None:
-        """Run one of the callbacks of user code; what it raises is logged and reaches no client."""
+        """Run one of the callbacks of user code. What it raises is logged, and reaches no client."""
         if name == "new_client":
-            self.client_came.set()
+            self.client_connected.set()
         try:
             getattr(self, name)(client, self, *message)
         except BaseException as error:  # sys.exit() too: it would end the thread that serves every client
             self._log.warn(name, f"the callback {name} failed", error)
+
+    # Overrides of what websocket-server's public methods call
 
     def handler_to_client(self, handler: "ClientHandler") -> Client | None:
         return self._hub.clients.get(handler.connection)
@@ -241,14 +243,14 @@ class PriceServer(WebsocketServer):
 
     @property
     def has_ended(self) -> bool:
-        return self._loop.state is State.ENDED
+        return self._loop.state is LoopState.ENDED
 
     def server_activate(self) -> None:
         configure_listener(self.socket)
         super().server_activate()
 
     def _run_forever(self, threaded: bool) -> None:
-        if threaded and self._loop.state is State.BEFORE:
+        if threaded and self._loop.state is LoopState.BEFORE:
             self.thread = threading.Thread(target=self.serve_forever, name="server", daemon=True)
             self.thread.start()
             self._loop.started.wait()
@@ -282,20 +284,21 @@ class PriceServer(WebsocketServer):
     def _shut_down(self, close: tuple[int, str | bytes] | None) -> None:
         """close: status and reason of the close that every client gets; None for none."""
         self._hub.stop_close = close
-        if self._loop.state is State.BEFORE:
+        if self._loop.state is LoopState.BEFORE:
             self._loop.close(self._hub)
         else:
             self._loop.stop()
 
     def _open_archive(self, file: str) -> None:
-        self._archive = self._status.archive = archive = Archive(
+        archive = Archive(
             file,
             self._status.source,
             self._status.quote,
             self.assets,
-            loaded=lambda *loaded: self._loop.call_soon(lambda: archive.write(self._history.load(*loaded))),
+            loaded=lambda step, texts: self._loop.call_soon(lambda: archive.write(self._history.load(step, texts))),
             wall_clock=self._wall_clock,
         )
+        self._archive = self._status.archive = archive
         archive.start()
 
     def _stop_archive(self) -> None:
@@ -313,14 +316,14 @@ class ClientHandler:
         self.connection = connection
 
     def send_message(self, message: str | bytes) -> None:
-        """Send a message after what is pending; a client with over 1 MiB pending is dropped.
+        """Send a message after the bytes that are pending; a client with over 1 MiB pending is dropped.
 
         Raises ValueError for bytes to a client of an event stream.
         """
         self._server._loop.call(lambda: self._server._hub.send(self.connection, message))
 
     def send_close(self, status: int = 1000, reason: str | bytes = b"") -> None:
-        """Disconnect the client after what is pending. Raises ValueError for a reason over 123 bytes of UTF-8."""
+        """Disconnect the client after the bytes that are pending. ValueError for a reason over 123 bytes of UTF-8."""
         close = _checked_close(status, reason)
         self._server._loop.call(lambda: self._server._hub.disconnect([self.connection], *close))
 

@@ -29,6 +29,7 @@ except ImportError:  # Windows
 
 REFUSED = ("asset", "denied", "full", "handshake", "origin")
 DROPPED = ("behind", "disconnected", "failed", "memory", "no_close", "no_pong", "queue_full", "unfinished")
+# As in coin_api.py.
 CAUSES = ("refused_key", "forbidden", "rate_limited", "server_error", "timeout", "connection", "bad_answer", "other")
 STATUSES = (200, 204, 304, 400, 403, 404, 405, 426, 503)
 POLL_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
@@ -94,7 +95,7 @@ class Status:
     # What changes it
 
     def note_success(self) -> None:
-        """Prices of a poll were sent."""
+        """A poll brought prices."""
         self._last_success, self._last_success_time = self.age_clock(), self.wall_clock()
         self.last_error = None
         self.polls["success"] += 1
@@ -174,10 +175,10 @@ class Status:
             metric("clients_by_format", "Open clients, by how they are written to.", by("format", self.clients)),
             metric("max_clients", "Clients allowed; the next one is refused.", self.max_clients),
             metric("clients_accepted_total", "Clients that were let in.", self.clients_accepted),
-            metric("clients_refused_total", "Requests for the feed that got no client.", by("reason", self.refused)),
+            metric("clients_refused_total", "Requests for the feed that were refused.", by("reason", self.refused)),
             metric("clients_dropped_total", "Clients that the server hung up on.", by("reason", self.dropped)),
             metric("messages_sent_total", "Messages handed to the network.", self.messages_sent),
-            metric("held_bytes", "Bytes that slow connections have yet to take.", self.held_bytes),
+            metric("held_bytes", "Bytes held for connections, received or to be sent.", self.held_bytes),
             metric("polls_total", "Polls of the price source.", by("result", self.polls)),
             metric("poll_failures_total", "Failed polls, by what went wrong.", by("cause", self.poll_failures)),
             metric("poll_duration_seconds", "How long polls take.", self._poll_durations(), kind="histogram"),

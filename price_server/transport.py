@@ -16,10 +16,10 @@ from .connection import Connection, State
 from .loop import Loop, RateLimitedLog
 
 ACCEPT_AT_ONCE = 256  # connections of one round: with fewer, a long round would let the kernel's queue overflow
-ACCEPT_SECONDS = 0.05  # or as many as come in so long: each may bring commands, or ask for the past
+ACCEPT_SECONDS = 0.05  # or as many as come in so long: each may bring commands, or ask for the history
 CLIENT_TURN = 512  # bytes received from a client in one turn: 85 pings
 VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most requests
-SEND_TURN = 128 << 10  # bytes sent to one peer in one turn: a CSV is made as fast as the peer takes it
+SEND_TURN = 128 << 10  # bytes sent to one peer in one turn: a fast reader of a large CSV must not delay the others
 SEND_BUFFER = 32 << 10  # bytes; by default a client that stopped reading absorbs hours of old prices
 RECEIVE_BUFFER = 16 << 10  # bytes
 USER_TIMEOUT = 60_000  # milliseconds until a peer that acknowledges nothing is given up, where the system supports it
@@ -70,12 +70,12 @@ class Transport:
     def __init__(self, loop: Loop, handler: ConnectionHandler, log: RateLimitedLog):
         self._loop, self._handler, self._log = loop, handler, log
         self._listener: socket.socket | None = None
-        self._listening = False
+        self._accepting = False
 
     def serve(self, data: Any, events: int) -> None:
         """A socket is ready. An event counts only for the connection that it was registered for."""
         if data is None:  # the listener
-            return  # `accept` follows the batch, or it would evict visitors whose request has already arrived
+            return  # `accept` comes after all events: earlier, it would evict visitors whose request has arrived
         if events & data.watched & READ:
             self._handler.attempt(self.receive, data)
         elif events & data.watched:
@@ -85,20 +85,20 @@ class Transport:
 
     def listen(self, listener: socket.socket) -> None:
         self._listener = listener
-        self.resume_listening()
+        self.resume_accepting()
 
-    def resume_listening(self) -> None:
-        if self._listener and not self._listening:
+    def resume_accepting(self) -> None:
+        if self._listener and not self._accepting:
             self._loop.register(self._listener, READ, None)
-            self._listening = True
+            self._accepting = True
 
-    def pause_listening(self) -> None:
-        if self._listener and self._listening:
+    def pause_accepting(self) -> None:
+        if self._listener and self._accepting:
             self._loop.unregister(self._listener)
-            self._listening = False
+            self._accepting = False
 
     def close_listener(self) -> None:
-        self.pause_listening()
+        self.pause_accepting()
         if self._listener:
             self._listener.close()
             self._listener = None
@@ -107,7 +107,7 @@ class Transport:
         """Accept the connections that wait, at most 256 and for 50 ms, and receive what they have sent."""
         began = time.monotonic()
         for number in range(ACCEPT_AT_ONCE):
-            if not (self._listener and self._listening) or (number and time.monotonic() > began + ACCEPT_SECONDS):
+            if not (self._listener and self._accepting) or (number and time.monotonic() > began + ACCEPT_SECONDS):
                 return
             try:
                 sock, address = self._listener.accept()
@@ -116,7 +116,7 @@ class Transport:
             except OSError as error:
                 if error.errno in NO_DESCRIPTOR:
                     # The connection stays in the kernel's queue, and `select` would return at once, again and again.
-                    self.pause_listening()
+                    self.pause_accepting()
                     self._log.warn("exhausted", f"cannot accept clients for now: {error.strerror or error}")
                 return
             sock.setblocking(False)

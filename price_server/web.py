@@ -42,7 +42,7 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; manifest-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
-RETRY = (1_500, 3_000)  # ms, at random: thousands of clients must not come back in one instant
+RETRY = (1_500, 3_000)  # ms until an EventSource reconnects, at random: thousands must not return in one instant
 PATHS = "/, /ws, /stream, /prices, /history, /healthz and /metrics"
 
 
@@ -52,7 +52,7 @@ class Response(NamedTuple):
     head: bytes
     body: Iterable[bytes]  # a list, whose pieces many responses may share, or an iterator that makes each when taken
     status: int
-    refused: str = ""  # why a request for the feed got no client
+    refused: str = ""  # why a request for the feed was refused
 
 
 class NewClient(NamedTuple):
@@ -67,7 +67,7 @@ class NewClient(NamedTuple):
 class HttpError(Exception):
     """An error response: its status, the text of its JSON, the headers it needs (Retry_After for Retry-After).
 
-    refused: why a request for the feed gets no client; it is counted under this word, which may be a new one.
+    refused: why a request for the feed is refused; it is counted under this word, which may be a new one.
     """
 
     def __init__(self, status: int, message: str, refused: str = "", **headers: str):
@@ -133,32 +133,32 @@ class Request:
         return [token.strip().lower() for token in ",".join(self.all(header)).split(",")]
 
     @cached_property
-    def _fields(self) -> dict[str, list[str]]:
+    def _query_values(self) -> dict[str, list[str]]:
         try:
             return parse_qs(self.query, keep_blank_values=True, max_num_fields=MAX_FIELDS)
         except ValueError:
             raise HttpError(400, f"query of more than {MAX_FIELDS} fields") from None
 
-    def fields(self, name: str) -> list[str]:
+    def query_values(self, name: str) -> list[str]:
         """The values of this field of the query."""
-        return self._fields.get(name, []) if self.query else []
+        return self._query_values.get(name, []) if self.query else []
 
 
 def find_end(buffer: bytearray, searched: int) -> int:
-    """Where the first empty line of a head ends, CRLF or LF; -1 while it has none.
+    """Where the first empty line of a head ends, CRLF or LF; 0 while it has none.
 
     searched: how many bytes were searched before, so that a peer that dribbles costs nothing.
     """
     if buffer.startswith((b"\n", b"\r\n")):
         return buffer.index(b"\n") + 1
     found = EMPTY_LINE.search(buffer, max(searched - 3, 0))
-    return found.end() if found else -1
+    return found.end() if found else 0
 
 
 class Site:
     """The paths of one server, and the response at each.
 
-    allow_origins: the web origins that may read; none for all. Raises ValueError for what is not an origin.
+    allow_origins: the web origins that may read; without any, all may. Raises ValueError for what is not an origin.
     folder: the page's files.
     """
 
@@ -197,11 +197,11 @@ class Site:
             case ["", "stream"]:
                 return self._event_stream(request)
             case ["", "prices"]:
-                return self._prices(request)
+                return self._prices_response(request)
             case ["", "prices", asset_id]:
                 return self._send(request, self._price(asset_id.upper()))
             case ["", "history"]:
-                return self._history(request)
+                return self._history_response(request)
             case ["", "healthz"]:
                 status = 200 if self.status.state() in ("ok", "paused") else 503
                 return self._send(request, json.dumps(self.status.health()).encode(), status=status)
@@ -242,7 +242,7 @@ class Site:
 
     # The prices
 
-    def _prices(self, request: Request) -> Response:
+    def _prices_response(self, request: Request) -> Response:
         texts = self.prices.texts
         messages = [texts[asset] for asset in self._requested_assets(request) if asset in texts]
         return self._send(request, f"[{','.join(messages)}]".encode())
@@ -252,15 +252,15 @@ class Site:
             return self.prices.texts[asset_id].encode()
         if asset_id in self.prices.assets:
             raise HttpError(503, f"no price of {asset_id} is known yet", Retry_After="5")
-        raise HttpError(404, self.prices.unknown(asset_id))
+        raise HttpError(404, self.prices.explain_unknown(asset_id))
 
-    def _history(self, request: Request) -> Response:
+    def _history_response(self, request: Request) -> Response:
         ranges = self.history.names
-        range_name = (request.fields("range") or ranges[:1])[-1]
+        range_name = (request.query_values("range") or ranges[:1])[-1]
         if range_name not in ranges:
             raise HttpError(400, f"unknown range {range_name[:40]!r}: there are {', '.join(ranges)}")
         assets = self._requested_assets(request)
-        match (request.fields("format") or ["json"])[-1]:
+        match (request.query_values("format") or ["json"])[-1]:
             case "json":
                 return self._send(request, *self.history.json_pieces(range_name, assets))
             case "csv":
@@ -273,7 +273,7 @@ class Site:
 
     def _requested_assets(self, request: Request, refused: str = "") -> tuple[str, ...]:
         """The assets of `?assets=` in tracked order; all without it. refused: as in HttpError."""
-        values = request.fields("assets")
+        values = request.query_values("assets")
         if not values:
             return self.prices.assets
         try:

@@ -252,7 +252,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def warning(file: Path, reason: str) -> list[str]:
-    return [f"the past is kept in memory alone until the file can be used: history file '{file}'{reason}"]
+    return [f"the price history is kept in memory alone until the file can be used: history file '{file}'{reason}"]
 
 
 def recovered(caplog: pytest.LogCaptureFixture, file: Path) -> bool:

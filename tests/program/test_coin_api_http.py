@@ -62,7 +62,7 @@ def test_the_deadline_holds_for_the_whole_answer(coin_api: StandIn, monkeypatch:
     coin_api.answer = drip(kind)
     started = time.monotonic()
     error = error_of(CoinApi(KEY, url=coin_api.url))
-    assert (str(error), error.cause) == ("no answer from CoinAPI: not whole within 0.2 s", "timeout")
+    assert (str(error), error.cause) == ("no answer from CoinAPI: not complete within 0.2 s", "timeout")
     assert time.monotonic() - started < 1.8, "when the last byte had come"
 
 
@@ -408,7 +408,7 @@ def test_the_deadline_holds_over_tls_and_through_a_proxy(
         if proxied:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         started = time.monotonic()
-        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: not whole within 0.2 s"
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: not complete within 0.2 s"
         assert time.monotonic() - started < 1.8
         assert len(proxy.asked) == proxied
 

@@ -32,7 +32,7 @@ from price_server.history import RANGES, History
 
 NAMES = [span.name for span in RANGES]
 LAST = "SELECT price FROM points WHERE asset = 'BTC' AND step = 10 ORDER BY slot DESC LIMIT 1"
-BEHIND = "the past is kept in memory alone until the file can be used"
+BEHIND = "the price history is kept in memory alone until the file can be used"
 AGAIN = "is up to date again"
 
 
@@ -272,7 +272,7 @@ def test_a_file_that_is_refused_stays_as_it_was(kind: str, file: Path) -> None:
 )
 def test_a_file_that_was_cut_is_refused_and_stays_as_it_was(filled: Path, kept: int, how: str) -> None:
     filled.write_bytes(filled.read_bytes()[:kept])
-    assert refusal(filled) == f"is damaged{how}: put a copy in its place"
+    assert refusal(filled) == f"is damaged{how}: restore a backup"
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])  # with files beside it while it is looked at, and without
@@ -281,7 +281,7 @@ def test_a_file_whose_content_was_changed_is_refused_and_stays_as_it_was(filled:
     content = bytearray(filled.read_bytes())
     content[8192:8292] = b"x" * 100
     filled.write_bytes(content)
-    assert re.fullmatch(r"is damaged \(.*[Pp]age 3: .*\): put a copy in its place", refusal(filled))
+    assert re.fullmatch(r"is damaged \(.*[Pp]age 3: .*\): restore a backup", refusal(filled))
 
 
 def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
@@ -299,8 +299,8 @@ def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     [
         ("past.db", os.R_OK, "must be readable and writable: change its permissions"),
         ("past.db", os.W_OK, "must be readable and writable: change its permissions"),
-        ("", os.W_OK, "gets files beside it: make '{}' writable"),
-        ("", os.X_OK, "gets files beside it: make '{}' writable"),
+        ("", os.W_OK, "gets files beside it, like FILE-wal: make '{}' writable"),
+        ("", os.X_OK, "gets files beside it, like FILE-wal: make '{}' writable"),
     ],
 )
 def test_what_may_not_be_written_is_refused(

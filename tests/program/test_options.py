@@ -22,7 +22,7 @@ from price_server import __version__
             (("--assets", bad), "is not an asset id like BTC")
             for bad in ("", "BTC,,ETH", "B C", "BTC;ETH", "ß", "A" * 33, "..", "BTC/USD", "BTC?x=1", "BTC\nETH", "бтц")
         ],
-        *[(("--quote", bad), "is not an asset id like BTC") for bad in ("", "US D", "../x", "USD,EUR")],
+        *[(("--quote", bad), "is not a currency like USD") for bad in ("", "US D", "../x", "USD,EUR")],
         *[(("--port", bad), "is not a port from 0 to 65,535") for bad in ("-1", "65536", "http", "1.5")],
         *[(("--max-clients", bad), "is not a number of clients from 1 to 1,000,000") for bad in ("0", "1000001", "x")],
         *[

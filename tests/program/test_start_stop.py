@@ -28,7 +28,7 @@ class FakePriceServer:
     made: "list[FakePriceServer]" = []  # noqa: RUF012
     port = 4711
     client_count = 0
-    client_came = threading.Event()
+    client_connected = threading.Event()
     files_asked: "list[int]" = []  # noqa: RUF012
 
     def __init__(self, assets: tuple[str, ...], host: str, port: int, **options: object):

@@ -282,7 +282,7 @@ def test_clients_are_disconnected_gracefully_or_abruptly_and_the_server_goes_on(
 
 def test_a_new_client_wakes_a_poller_that_pauses_when_it_is_counted(server: PriceServer) -> None:
     counts: list[tuple[int, int]] = []
-    server.client_came.set = lambda: counts.append((server.client_count, len(server.clients)))  # type: ignore[method-assign]
+    server.client_connected.set = lambda: counts.append((server.client_count, len(server.clients)))  # type: ignore[method-assign]
     ask(server.port, get("/healthz"))
     with RawClient(server.port), visit(server.port, get("/stream")):
         wait_for_value(lambda: counts, [(1, 1), (2, 2)])

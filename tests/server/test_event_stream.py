@@ -82,7 +82,7 @@ def test_streams_are_counted_among_the_clients(server: PriceServer, updates: Upd
     server.set_fn_client_left(lambda client, server: left.append(client["id"]))
     with Stream(server.port) as stream, RawClient(server.port):
         assert len(server.clients) == server.client_count == 2
-        assert server.client_came.is_set()
+        assert server.client_connected.is_set()
         assert server.clients[0]["address"] == stream.socket.getsockname()
         server.publish(updates(1.0))
         assert sample(server, 'clients_by_format{format="event_stream"}') == 1

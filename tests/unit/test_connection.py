@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from price_server.connection import Connection, Message, Request, State, held_bytes, largest_holders
+from price_server.connection import Connection, Message, RequestHead, State, held_bytes, largest_holders
 from price_server.formats import EventStreamFormat, WebSocketFormat
 from price_server.prices import Feed
 
@@ -31,7 +31,7 @@ def make_feed(messages: dict[str, bytes] = OLD, two_way: bool = True) -> Feed:
 def make_client(feed: Feed | None = None, assets: tuple[str, ...] = ALL) -> Connection:
     """A client that has taken the response and the snapshot."""
     connection = Connection(now=0)
-    assert list(connection.receive_data(HEAD, 0)) == [Request(HEAD)]
+    assert list(connection.receive_data(HEAD, 0)) == [RequestHead(HEAD)]
     connection.become_client(feed or make_feed(), assets, b"101")
     take(connection)
     return connection
@@ -110,13 +110,13 @@ def test_only_a_client_gets_prices_and_messages(state: State) -> None:
     connection = in_state(state)
     connection.enqueue(b"message")
     connection.follow(ALL)
-    assert connection.publish(ALL, 0, 0) == 0
+    assert connection.keep_unsent(ALL, 0, 0) == 0
     assert take(connection) == (b"bye" if state is State.CLOSING else b"")
 
 
 def test_the_end_releases_everything() -> None:
     behind, visitor, talking = make_client(), Connection(now=0), make_client()
-    behind.publish(ALL, 1, 0)
+    behind.keep_unsent(ALL, 1, 0)
     assert list(visitor.receive_data(HEAD[:-1], 0)) == []
     assert send(talking, frame(TEXT, b"x")[:-1]) == []
     for connection in (behind, visitor, talking):
@@ -137,7 +137,7 @@ def test_a_request_is_taken_whole_and_dribbled(head: bytes) -> None:
             part = head[start : min(start + size, len(head) - 1)]
             assert list(connection.receive_data(part, 0)) == []
         assert connection.unfinished_bytes() == len(head) - 1
-        assert list(connection.receive_data(head[-1:], 0)) == [Request(head)]
+        assert list(connection.receive_data(head[-1:], 0)) == [RequestHead(head)]
         assert connection.unfinished_bytes() == 0
 
 
@@ -145,22 +145,22 @@ def test_a_request_is_taken_whole_and_dribbled(head: bytes) -> None:
 def test_a_request_over_32_kib_is_handed_over_and_released(end: bytes) -> None:
     connection, begin, end = Connection(now=0), b"x" * 32_765, end or b"xxxx"
     assert list(connection.receive_data(begin, 0)) == []
-    assert list(connection.receive_data(end, 0)) == [Request((begin + end).removesuffix(b"more"))]
+    assert list(connection.receive_data(end, 0)) == [RequestHead((begin + end).removesuffix(b"more"))]
     assert connection.unfinished_bytes() == 0
 
 
 def test_what_follows_a_complete_request_does_not_count_as_part_of_it() -> None:
     connection = Connection(now=0)
-    assert list(connection.receive_data(HEAD + b"x" * 40_000, 0)) == [Request(HEAD)]
+    assert list(connection.receive_data(HEAD + b"x" * 40_000, 0)) == [RequestHead(HEAD)]
 
 
 def test_frames_in_the_segment_of_the_request_are_read() -> None:
     connection, events = Connection(now=0), []
     for event in connection.receive_data(HEAD + frame(TEXT, b"one") + frame(PING) + frame(BINARY, b"two")[:4], 0):
         events.append(event)
-        if isinstance(event, Request):
+        if isinstance(event, RequestHead):
             connection.become_client(make_feed(), ALL, b"101")
-    assert events == [Request(HEAD), Message("one")]
+    assert events == [RequestHead(HEAD), Message("one")]
     assert take(connection) == b"101\x8a\x00[btc1][eth--1][x1]"
     assert send(connection, frame(BINARY, b"two")[4:]) == [b"two"]
 
@@ -169,7 +169,7 @@ def test_an_answered_visitor_and_an_event_stream_are_not_listened_to() -> None:
     for step in (STEPS["finish_with"], lambda connection: connection.become_client(make_feed(two_way=False), ALL, b"")):
         connection = Connection(now=0)
         for event in connection.receive_data(HEAD + frame(TEXT, b"one"), 0):
-            assert event == Request(HEAD)
+            assert event == RequestHead(HEAD)
             step(connection)
         assert send(connection, frame(TEXT, b"two") + b"any") == []
         assert connection.unfinished_bytes() == 0
@@ -213,7 +213,7 @@ def test_a_close_or_an_error_is_answered_with_a_close_and_ends_it(
 ) -> None:
     caplog.set_level("DEBUG")
     client = make_client()
-    client.publish(ALL, 1, 0)
+    client.keep_unsent(ALL, 1, 0)
     assert send(client, frame(TEXT, b"one") + frame(PING) + sent + frame(PING) + frame(TEXT, b"two"), 7) == ["one"]
     assert client.state is State.CLOSING
     assert take(client, now=8) == b"btc1]\x8a\x00" + last
@@ -248,7 +248,7 @@ def talk(parts: Iterable[bytes]) -> tuple[object, ...]:
     for part in parts:
         for event in connection.receive_data(part, 0):
             events.append(event)
-            if isinstance(event, Request):
+            if isinstance(event, RequestHead):
                 connection.become_client(make_feed(), ALL, b"101")
                 out += take(connection)
         out += take(connection)
@@ -279,10 +279,10 @@ def test_whole_messages_go_out_and_current_prices_last_whatever_the_socket_takes
     begun = client.advance(len(out), 0)
     feed.messages = NEW
     if client.outbox:
-        begun += client.publish(ALL, 0, 0)
+        begun += client.keep_unsent(ALL, 0, 0)
     else:
         out += poll
-        begun += client.publish(ALL, len(poll), 0)
+        begun += client.keep_unsent(ALL, len(poll), 0)
     while data := bytes(client.data_to_send()[:at_once]):
         out += data
         begun += client.advance(len(data), 0)
@@ -298,8 +298,8 @@ def test_whole_messages_go_out_and_current_prices_last_whatever_the_socket_takes
 
 def test_a_client_gets_the_prices_of_a_poll_that_lacks_some() -> None:
     client = make_client()
-    client.publish(("BTC",), 0, 0)
-    client.publish(("XRP", "ETH"), 0, 0)
+    client.keep_unsent(("BTC",), 0, 0)
+    client.keep_unsent(("XRP", "ETH"), 0, 0)
     assert take(client) == b"[btc1][x1][eth--1]"
 
 
@@ -316,9 +316,9 @@ def test_following_sends_the_current_price_of_what_is_new() -> None:
 
 def test_following_while_behind_tears_no_message_and_sends_nothing_that_is_not_followed() -> None:
     client = make_client(assets=("BTC", "ETH"))
-    client.publish(("BTC", "ETH"), 1, 0)
+    client.keep_unsent(("BTC", "ETH"), 1, 0)
     client.follow(("XRP",))
-    assert client.publish(("XRP",), 0, 0) == 0
+    assert client.keep_unsent(("XRP",), 0, 0) == 0
     client.follow(("BTC", "XRP"))
     assert take(client) == b"btc1][x1][btc1]"
 
@@ -336,9 +336,9 @@ def test_a_request_has_10_seconds_however_it_is_dribbled() -> None:
 def test_a_client_may_be_behind_for_30_seconds_until_it_has_caught_up() -> None:
     client = make_client()
     assert client.find_overdue(1e9) == ""
-    client.publish(ALL, 1, 100)
+    client.keep_unsent(ALL, 1, 100)
     assert take(client, 16, now=129) == b"btc1][eth--1][x1"
-    client.publish(ALL, 0, 129)
+    client.keep_unsent(ALL, 0, 129)
     client.enqueue(b"<one>")
     client.follow(())
     assert (client.find_overdue(130.0), client.find_overdue(130.1)) == ("", "behind")
@@ -385,7 +385,7 @@ def test_a_ping_between_fragments_gives_these_no_more_time() -> None:
 def test_a_message_of_a_client_that_is_behind_is_not_read_so_being_behind_is_the_reason() -> None:
     client = make_client()
     send(client, b"\x81", 100)
-    client.publish(ALL, 1, 110)
+    client.keep_unsent(ALL, 1, 110)
     assert (client.find_overdue(140.0), client.find_overdue(140.1)) == ("", "behind")
     while data := client.data_to_send():
         client.advance(len(data), 135)
@@ -415,7 +415,7 @@ def test_after_a_response_the_peer_has_2_seconds_to_hang_up() -> None:
 
 def test_the_last_bytes_for_a_client_get_no_more_time_however_many_wait() -> None:
     client = make_client()
-    client.publish(ALL, 1, 0)
+    client.keep_unsent(ALL, 1, 0)
     send(client, b"\x81", 0)
     client.enqueue(b"x" * 81_920)
     client.finish_with([b"bye"], 105)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from price_server.loop import Loop, RateLimitedLog, State
+from price_server.loop import Loop, LoopState, RateLimitedLog
 
 Step = Callable[[], Any]
 
@@ -170,7 +170,7 @@ def test_functions_and_timers_have_their_turn_after_50_ms(world: World, handler:
 
 def test_before_the_start_and_after_the_end_functions_run_where_they_are_called(world: World, handler: Handler) -> None:
     loop: Loop = make_loop(world, handler)
-    for state in (State.BEFORE, State.ENDED):
+    for state in (LoopState.BEFORE, LoopState.ENDED):
         assert loop.state is state
         assert loop.call(threading.get_ident) == threading.get_ident()
         assert in_thread(lambda: loop.call(lambda: "elsewhere"))() == "elsewhere"
@@ -178,7 +178,7 @@ def test_before_the_start_and_after_the_end_functions_run_where_they_are_called(
         assert handler.seen.pop() == "soon"
         with pytest.raises(ZeroDivisionError):
             loop.call(lambda: 1 // 0)
-        if state is State.BEFORE:
+        if state is LoopState.BEFORE:
             loop.run(handler)
             assert (loop.started.is_set(), loop.ended.is_set(), world.closed) == (True, True, True)
 
@@ -290,7 +290,7 @@ def test_a_stop_from_outside_waits_for_the_end(handler: Handler) -> None:
     handler.at_end = lambda: threading.Event().wait(0.05)
     with running(handler) as loop:
         loop.stop()
-        assert (loop.state, loop.ended.is_set()) == (State.ENDED, True)
+        assert (loop.state, loop.ended.is_set()) == (LoopState.ENDED, True)
 
 
 def test_a_loop_ends_when_its_handler_is_drained(world: World, handler: Handler) -> None:
@@ -319,7 +319,7 @@ def test_an_error_in_the_handler_ends_the_loop_and_releases_everybody(
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.CRITICAL, "the server thread failed")
     ]
-    assert (loop.state, loop.ended.is_set(), world.closed) == (State.ENDED, True, True)
+    assert (loop.state, loop.ended.is_set(), world.closed) == (LoopState.ENDED, True, True)
 
 
 def test_a_call_while_the_loop_ends_is_released_even_if_the_handlers_end_fails() -> None:
@@ -336,18 +336,18 @@ def test_a_call_while_the_loop_ends_is_released_even_if_the_handlers_end_fails()
     with pytest.raises(ZeroDivisionError):
         loop.run(handler)
     assert [wait() for wait in waiters] == ["released"] * 10
-    assert (loop.state, loop.ended.is_set()) == (State.ENDED, True)
+    assert (loop.state, loop.ended.is_set()) == (LoopState.ENDED, True)
 
 
 def test_a_call_in_the_very_moment_of_the_end_is_released(monkeypatch: pytest.MonkeyPatch, handler: Handler) -> None:
     def in_loop_thread() -> bool:
-        loop.state = State.ENDED  # it has released the functions that waited
+        loop.state = LoopState.ENDED  # it has released the functions that waited
         return False
 
     loop = Loop()
     monkeypatch.setattr(loop, "in_loop_thread", in_loop_thread)
     for call in (loop.call, loop.call_soon):
-        loop.state = State.RUNNING
+        loop.state = LoopState.RUNNING
         in_thread(partial(call, note(handler, "released")))()
     assert handler.seen == ["released", "released"]
     loop.close(handler)
@@ -362,7 +362,7 @@ def test_a_loop_runs_once(world: World, handler: Handler) -> None:
     assert handler.seen.count("end") == 1
     never_run = Loop(world.clock)
     never_run.close(handler)
-    assert (handler.seen.count("end"), never_run.state, never_run.ended.is_set()) == (2, State.ENDED, True)
+    assert (handler.seen.count("end"), never_run.state, never_run.ended.is_set()) == (2, LoopState.ENDED, True)
 
 
 # What it tells
@@ -380,7 +380,7 @@ def test_a_loop_that_is_being_closed_does_not_start(world: World, handler: Handl
     handler.at_end = start
     loop.close(handler)
     assert handler.seen == ["end"]
-    assert loop.state is State.ENDED
+    assert loop.state is LoopState.ENDED
 
 
 def test_a_loop_that_another_thread_starts_in_the_same_moment_is_stopped(world: World, handler: Handler) -> None:

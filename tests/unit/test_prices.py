@@ -84,6 +84,16 @@ def test_an_asset_that_comes_twice_has_its_last_sound_price() -> None:
     assert split_sound(updates, {"BTC"}) == ({"BTC": updates[2]}, {})
 
 
+def test_a_poll_must_have_every_asset_and_an_update_must_not() -> None:
+    updates = [Price("BTC", 1), Price("ETH", None)]
+    sound, faults = split_sound(updates, ("XRP", "BTC", "ETH"), expect_all=True)
+    assert (sound, list(faults.items())) == (
+        {"BTC": updates[0]},
+        [("XRP", "not in the answer"), ("ETH", "price 'None' is not a number")],
+    )
+    assert split_sound(updates[:1], ("XRP", "BTC")) == ({"BTC": updates[0]}, {})
+
+
 # The latest prices
 
 
@@ -124,4 +134,4 @@ def test_an_unknown_asset_is_named_with_what_there_is() -> None:
     prices = make_prices()
     with pytest.raises(ValueError, match=r"^unknown asset 'CAT': this server tracks BTC, ETH, XRP$"):
         prices.choose(["BTC", "doge", "cat"])
-    assert prices.unknown("x" * 99) == f"unknown asset '{'x' * 40}': this server tracks BTC, ETH, XRP"
+    assert prices.explain_unknown("x" * 99) == f"unknown asset '{'x' * 40}': this server tracks BTC, ETH, XRP"
