@@ -105,7 +105,7 @@ class Poller:
         self._polls = 0
         self._failures = 0  # in a row
         self._failing_since = 0.0
-        self._logged_kind = ""  # the kind of failure last logged
+        self._logged_prefix = ""  # of the reason last logged, up to its colon
 
     def run(self) -> None:
         due = self.clock()
@@ -149,7 +149,7 @@ class Poller:
         if self._failures:
             outage = self.clock() - self._failing_since
             logger.log(system.NOTICE, "prices again after %.0f s, failed polls: %d", outage, self._failures)
-            self._failures, self._logged_kind = 0, ""
+            self._failures, self._logged_prefix = 0, ""
         return None
 
     def _fail(self, error: BaseException, started: float) -> float:
@@ -167,10 +167,10 @@ class Poller:
             return 0.0
         took = self.clock() - started
         delay = self._retry_delay(error, took)
-        kind = reason.partition(":")[0]
-        level = logging.DEBUG if kind == self._logged_kind else logging.WARNING
+        prefix = reason.partition(":")[0]
+        level = logging.DEBUG if prefix == self._logged_prefix else logging.WARNING
         logger.log(level, "no prices: %s; next try in %.3g s", reason, max(delay - took, 0.0))
-        self._logged_kind = kind
+        self._logged_prefix = prefix
         return delay
 
     def _retry_delay(self, error: CoinApiError, took: float) -> float:

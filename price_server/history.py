@@ -159,17 +159,17 @@ class _RangePoints:
             dropped = self._series[asset].add(number, point)
             if dropped is not None:
                 forgotten.append((self.span.step, dropped, asset))
-        self._forget_shown()
+        self._clear_shown()
         return forgotten
 
     def load(self, texts: Mapping[str, bytes]) -> Known:
         known = {asset: bytes(series.text) for asset, series in self._series.items() if series.text}
         dropped = [(asset, self._series[asset].load(text)) for asset, text in texts.items()]
-        self._forget_shown()
+        self._clear_shown()
         forgotten = [(self.span.step, number, asset) for asset, numbers in dropped for number in numbers]
         return Known(self.span.step, known, forgotten)
 
-    def _forget_shown(self) -> None:
+    def _clear_shown(self) -> None:
         self._sorted.clear()
         self._members.clear()
         self._since = None
