@@ -189,7 +189,6 @@ class Connection:
         """Have these sent as the last bytes, until `deadline`. A list is taken at once, an iterator as it is sent."""
         self._change_state(State.CLOSING)
         self._inbox = self._reader = None
-        self._message_deadline = 0.0
         self._deadline = deadline
         self._open_outbox().finish_with(pieces)
 
@@ -208,7 +207,7 @@ class Connection:
         if self.state is not State.ENDED:
             self._change_state(State.ENDED)
         self.outbox = self._inbox = self._reader = None
-        self._deadline = self._message_deadline = 0.0
+        self._deadline = 0.0
 
     def _open_outbox(self) -> Outbox:
         if self.outbox is None:
