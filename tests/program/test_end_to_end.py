@@ -115,7 +115,7 @@ def test_a_signal_closes_every_client_with_1001_and_exits_0(coin_api: StandIn, n
         poll_of(client)
         started = time.monotonic()
         assert tracker.stop(number) == 0
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
         with pytest.raises(ConnectionClosed) as closed:
             client.recv(5)
         assert closed.value.rcvd
@@ -132,7 +132,7 @@ def test_a_stop_does_not_wait_for_a_request_that_hangs(coin_api: StandIn) -> Non
     wait_for(lambda: coin_api.requests)
     started = time.monotonic()
     assert tracker.stop() == 0
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3.9
     assert [line.split(" ", 1)[1] for line in tracker.log] == ["INFO stopping, clients connected: 0", "INFO stopped"]
 
 
