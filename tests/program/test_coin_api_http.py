@@ -200,10 +200,10 @@ def test_a_new_connection_that_is_lost_is_a_failed_poll_and_so_is_a_second_loss(
 
 
 def test_what_is_sent_again_has_the_rest_of_the_same_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 1.0)
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 2.0)
 
     def close_late(client: socket.socket) -> None:
-        time.sleep(0.7)
+        time.sleep(1.4)
 
     with LosesConnections(close_late, first=0) as server:
         api = CoinApi(KEY, url=f"http://{server.address}")
@@ -211,7 +211,7 @@ def test_what_is_sent_again_has_the_rest_of_the_same_deadline(monkeypatch: pytes
         server.first = 3
         started = time.monotonic()
         assert error_of(api).cause == "timeout"
-        assert 0.9 < time.monotonic() - started < 1.65
+        assert 1.9 < time.monotonic() - started < 3.3
         assert server.requests == 3
 
 
