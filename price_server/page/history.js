@@ -1,9 +1,9 @@
-// The past: the points of each row, and the question for those of the server.
+// The history: the points of each row, and the request for those that the server has.
 
 import { ask, now, steady } from './server.js';
 
-const PATIENCE = 120;  // seconds
-const AGAIN = 15;  // seconds between two tries
+const TIMEOUT = 120;  // seconds
+const RETRY = 15;  // seconds between two tries
 
 // As in the server's history: one point a step, the last poll in it.
 export function addPoint(points, [time, price], { step, seconds }) {
@@ -17,7 +17,7 @@ export function prune(points, start) {
   points.splice(0, first < 0 ? points.length : first);
 }
 
-// The page keeps what a server that was restarted does not know.
+// A server that was restarted may have none: the page keeps its own points.
 export function mergePoints(own, points, until) {
   const first = points.length ? points[0][0] : Infinity, last = points.length ? points[points.length - 1][0] : -Infinity;
   const kept = own.filter(([time]) => time < first || (time > last && time <= until));
@@ -59,11 +59,11 @@ export class Past {
     if (this.#request || steady() < this.#due) return null;
     const request = this.#request = new AbortController(), range = this.chosen;
     this.#due = Infinity;
-    const answer = await ask(`history?range=${range.name}${query}`, PATIENCE, request);
+    const answer = await ask(`history?range=${range.name}${query}`, TIMEOUT, request);
     if (request !== this.#request) return null;
     this.#request = null;
     if (!answer || 'error' in answer) {
-      this.#due = steady() + AGAIN;
+      this.#due = steady() + RETRY;
       return null;
     }
     this.range = range;

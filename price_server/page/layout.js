@@ -7,7 +7,7 @@ const STATES = {  // in the page and in its title
   connecting: ['Connecting …'], starting: ['Waiting for the first prices'], live: ['Live'], stale: ['Stale', 'STALE '],
   lost: ['Connection lost, reconnecting', 'LOST '], full: ['The server is full', 'FULL '],
   blocked: ['No live prices', 'NOT LIVE '], paused: ['Paused', 'PAUSED '] };
-const FEW = 3, MANY = 15;  // rows: written large; with a filter
+const FEW = 3, MANY = 15;  // rows: up to FEW are shown large, and above MANY there is a filter
 const WALL = { width: 1600, height: 900, rows: 12 };  // read from afar
 const STACKED = 40, TIGHT = 17;  // rem: below, the chart, the change stand under the rest
 const LOWEST = { row: 2.6, wall: 2.1, stacked: 3.2 }, HIGHEST = { row: 34, wall: 34, stacked: 40 };  // rem

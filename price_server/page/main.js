@@ -14,7 +14,7 @@ const HIDDEN = 600;  // seconds until a hidden page lets a server pause
 const DRAW = 5;  // seconds between two drawings of the charts
 
 const feed = new Feed(wanted, {
-  price: receive, health: takeHealth, changed: refresh, slept: beginAnew,
+  price: receive, health: takeHealth, changed: refresh, slept: startAgain,
   opened: () => { past.askSoon(); refresh(); } });
 const table = new Table({
   arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fit(); },
@@ -138,7 +138,7 @@ function checkAlerts() {
   }
 }
 
-function beginAnew() {
+function startAgain() {
   feed.trouble = 'connecting';
   past.askSoon();
   feed.connect();
@@ -147,7 +147,7 @@ function beginAnew() {
 
 function tick() {
   if (feed.phase === 'paused') return;
-  if (hasSlept()) return beginAnew();
+  if (hasSlept()) return startAgain();
   const isUnseen = steady() - hiddenSince > HIDDEN;
   if (isUnseen && feed.health?.pause_when_idle && !table.hasAlert) feed.hangUp('paused');
   else feed.tick(state === 'live');
@@ -159,7 +159,7 @@ function wake() {
   if (document.hidden) return;
   alerts.unseen = '';
   tick();
-  if (feed.phase === 'open') feed.look();
+  if (feed.phase === 'open') feed.askHealth();
   else if (feed.phase !== 'opening') feed.connect();
   table.flush();
   refresh(true);
@@ -183,7 +183,7 @@ function start() {
   for (const type of ['online', 'offline', 'visibilitychange']) addEventListener(type, wake);
   // Back and forward: the page may be as it was, but without its connection.
   addEventListener('pagehide', () => feed.hangUp('waiting'));
-  addEventListener('pageshow', ({ persisted }) => { if (persisted) beginAnew(); });
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) startAgain(); });
   addEventListener('resize', fit);
   new ResizeObserver(fit).observe(byId('size'));
   feed.connect();

@@ -1,7 +1,7 @@
-// The server as the page sees it: its clock, a question, one way to its prices.
+// The server as the page sees it: its clock, a request, one connection to its feed.
 
 export const ASLEEP = 5;  // seconds that the clocks run apart in sleep
-const LONGEST_TURN = 90;  // seconds: a hidden page has its turn once a minute
+const LONGEST_TURN = 90;  // seconds between two calls: a browser runs a hidden page once a minute
 const MAX_BACKOFF = 10;  // seconds
 
 // now() is the server's time, whatever the visitor's clock says; steady() may stand still in sleep. Both in seconds.

@@ -94,7 +94,7 @@ export class Table {
     this.on.arranged();
   }
 
-  // One way, the other way, as it was.
+  // Repeated calls: one way, the other way, then unsorted.
   sortBy(by) {
     const first = by === 'asset' ? 1 : -1;
     if (by !== this.#by) [this.#by, this.#way] = [by, first];
@@ -112,7 +112,7 @@ export class Table {
     sorted.forEach(({ tr }, i) => { if (tr !== children[i]) this.#body.insertBefore(tr, children[i]); });
   }
 
-  // Never under somebody's hand.
+  // Not while the pointer or the focus is in the table.
   sortUnlessUsed() {
     if (this.#by && !this.#body.matches(':hover, :focus-within')) this.sort();
   }
