@@ -1,11 +1,11 @@
-// The connection: WebSocket, or Server-Sent Events where that does not pass, or /prices where neither does.
+// The connection: WebSocket, else Server-Sent Events, else /prices.
 
 import { ASLEEP, ask, backoff, followServer, hasSlept, now, openLine, steady } from './server.js';
 
 const TIMEOUT = 20;  // seconds for /healthz, and for the feed to open without it
-const OPENING = 5;  // seconds for one way to open, and for its first price
-const CHECK = 15;  // seconds between two looks while no prices come
-const SOCKET_AGAIN = 300;  // seconds until WebSocket is tried again
+const OPENING = 5;  // for one way to open, and for its first price
+const CHECK = 15;  // between two looks while no prices come
+const SOCKET_AGAIN = 300;  // until WebSocket is tried again
 
 export class Feed {
   phase = 'waiting';  // for the next attempt, 'opening', 'open', 'paused'
@@ -15,19 +15,19 @@ export class Feed {
   polled = -Infinity;  // when the prices were, by now()
   assets = [];  // in the order of the address
   only = '';  // the same, for ?assets=; '' for all
-  answered = false;  // whether /healthz has, in this attempt
-  #attempt = 0;  // its number
-  #deadline = Infinity;  // of the phase, by steady(), as the other times
-  #healthAsked = 0;  // at /healthz; Infinity while it is asked
+  answered = false;  // /healthz has, in this attempt
+  #attempt = 0;
+  #deadline = Infinity;  // of the phase, by steady()
+  #healthAsked = 0;  // Infinity while it is asked
   #line = null;
-  #trial = null;  // a WebSocket that is tried while a stream is in use
-  #isRefused = false;  // the line failed before /healthz had answered
+  #trial = null;  // a WebSocket beside a stream
+  #isRefused = false;  // before /healthz had answered
   #socketAgain = 0;
   #pricesAsked = -Infinity;
-  #isPolling = false;  // /prices has answered since the feed was lost
+  #isPolling = false;
 
-  // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
-  // isNew: of a poll just made; isGap: the first after a while without.
+  // on: price(update, { at, isNew: of a poll just made, isGap: the first after a while }), health(isOther), opened(),
+  // changed(), slept()
   constructor(wanted, on) { Object.assign(this, { wanted, on }); }
 
   get query() { return this.only && `?assets=${this.only}`; }
@@ -121,7 +121,7 @@ export class Feed {
     this.on.changed();
   }
 
-  // With each attempt, as a server that was restarted may differ, and when the feed is silent.
+  // With each attempt, as a restarted server may differ, and when the feed is silent.
   async askHealth() {
     const attempt = this.#attempt, { answered } = this, asked = Date.now();
     this.#healthAsked = Infinity;
@@ -173,7 +173,7 @@ export class Feed {
     for (const update of updates) this.on.price(update, { at: this.polled, isNew, isGap });
   }
 
-  // Returns whether the source or the quote currency is another one than before.
+  // Returns whether the source or the quote currency changed.
   #takeHealth(health, at) {
     const previous = this.health, { wanted } = this;
     const isOther = previous && (health.quote !== previous.quote || health.source !== previous.source);

@@ -176,7 +176,7 @@ def test_only_the_assets_in_the_address_are_shown_and_asked_for(page: Page, serv
         "/?assets=eth,%20BTC&assets=SOL", "/healthz", "/history?range=1h&assets=ETH,BTC,SOL", "/ws?assets=ETH,BTC,SOL"
     }  # fmt: skip
     assert page.first("#all").is_displayed()
-    assert page.first("#all").get_attribute("href") == f"http://127.0.0.1:{server.port}/?"
+    assert page.first("#all").get_attribute("href") == f"http://127.0.0.1:{server.port}/"
     prices(server, 3.0)
     wait_for(lambda: page.part("price") == ["3.00"] * 3)
 
