@@ -5,10 +5,10 @@ import { formatPrice, formatTime, parsePrice, roundedPrice } from './format.js';
 import { byId, setText } from './layout.js';
 import { now } from './server.js';
 
-const REARM = 0.001;  // of the line: so far the price must move before it can cross again
+const REARM = 0.001;  // of the line: how far the price must move to cross again
 const NEWS = 3;
 
-// Whether a price crossed the line, and the alert from then on. side: 1 above the line, -1 below, 0 not known yet.
+// Whether a price crossed the line, and the alert from then on. side: 1 above it, -1 below, 0 unknown.
 export function watch(alert, price) {
   const side = Math.sign(price - alert.line) || alert.side;
   const crossed = alert.isArmed && alert.side * side === -1;
@@ -19,31 +19,28 @@ export function watch(alert, price) {
 export const newAlert = (line, price) => (
   { line, side: price ? Math.sign(price - line) : 0, isArmed: true, fired: null });
 
-const isAlert = (alert) => alert?.line > 0 && alert.line < Infinity && [-1, 0, 1].includes(alert.side);
-
-// Where storage is full or forbidden alerts last as long as the page.
-class Store {
-  isKept = true;
-  constructor({ source, quote }) { this.prefix = `alert:${source}:${quote}:`; }
-
-  read(asset) {
-    try {
-      const alert = JSON.parse(localStorage.getItem(this.prefix + asset));
-      return isAlert(alert) ? alert : null;
-    } catch {
-      return null;
-    }
+// Storage may be full or forbidden.
+function inStorage(action) {
+  try {
+    return action(localStorage);
+  } catch {
+    return null;
   }
+}
 
-  write(asset, alert) {
-    try {
-      if (alert) localStorage.setItem(this.prefix + asset, JSON.stringify(alert));
-      else localStorage.removeItem(this.prefix + asset);
-      this.isKept = true;
-    } catch {
-      this.isKept = false;
-    }
-  }
+function readAlert(key) {
+  const alert = inStorage((storage) => JSON.parse(storage.getItem(key)));
+  return alert?.line > 0 && alert.line < Infinity && [-1, 0, 1].includes(alert.side) ? alert : null;
+}
+
+// Returns whether it is stored.
+function writeAlert(key, alert) {
+  const text = alert && JSON.stringify(alert);
+  return inStorage((storage) => {
+    if (alert) storage.setItem(key, text);
+    else storage.removeItem(key);
+    return true;
+  });
 }
 
 let cannotConstruct = false;
@@ -66,7 +63,9 @@ function notify(text, tag) {
 
 export class Alerts {
   unseen = '';  // what crossed while nobody looked, for the title
-  #store = null; #health = null;
+  #health = null;
+  #prefix = '';  // of the names in storage
+  #isKept = true;
   #row = null;
   #form = byId('alert');
   #home = this.#form.parentElement;
@@ -83,23 +82,20 @@ export class Alerts {
   }
 
   take(health) {
-    const { rows } = this.table;
-    if (health.source !== this.#health?.source || health.quote !== this.#health?.quote) {
-      this.#store = new Store(health);
-      for (const row of rows) row.alert = null;
-    }
-    this.#health = health;
+    const { rows } = this.table, prefix = `alert:${health.source}:${health.quote}:`;
     if (!rows.includes(this.#row)) this.#close();
     for (const row of rows) {
-      row.alert ??= this.#store.read(row.asset);
+      if (prefix !== this.#prefix) row.alert = null;
+      row.alert ??= readAlert(prefix + row.asset);
       this.#show(row);
     }
+    [this.#health, this.#prefix] = [health, prefix];
   }
 
   // isAway: a crossing may have been missed.
   check(row, price, isAway) {
     const before = row.alert;
-    if (!before || !this.#store) return;
+    if (!before) return;
     const { crossed, alert } = watch(before, price);
     if (crossed) alert.fired = { at: now(), isAway };
     else if (alert.side === before.side && alert.isArmed === before.isArmed) return;
@@ -115,7 +111,7 @@ export class Alerts {
     byId('news').append(news);
     while (byId('news').children.length > NEWS) byId('news').firstChild.remove();
     if (document.hidden) this.unseen = `${text} · `;
-    // The first price after loading tells somebody who looks at the page.
+    // Not for the first price after loading.
     if (!isAway || row.at > -Infinity) notify(told, `${row.asset} ${line}`);
   }
 
@@ -171,7 +167,7 @@ export class Alerts {
     const isPrice = line > 0, isFirst = !this.table.hasAlert;
     this.#field.setAttribute('aria-invalid', String(!isPrice));
     setText(byId('wrong'), isPrice ? '' : 'Not a price: type a number above 0, like 70000 or 0.093.');
-    if (!isPrice || !this.#store) return;
+    if (!isPrice || !this.#prefix) return;
     this.#field.value = line;
     this.#put(this.#row, newAlert(line, this.#row.price));
     if (isFirst && isSecureContext && window.Notification?.permission === 'default') {
@@ -182,7 +178,7 @@ export class Alerts {
 
   #put(row, alert) {
     row.alert = alert;
-    this.#store?.write(row.asset, alert);
+    this.#isKept = writeAlert(this.#prefix + row.asset, alert);
     this.#show(row);
     this.#tellWhatHappens();
   }
@@ -190,7 +186,7 @@ export class Alerts {
   #tellWhatHappens() {
     const isSet = Boolean(this.#row?.alert), trouble = notificationTrouble();
     const told = trouble ? `${trouble} A crossing shows here and in the title.` : 'A crossing also shows as a notification.';
-    const kept = this.#store?.isKept === false ? ' It cannot be stored: it ends with this page.' : '';
+    const kept = this.#isKept ? '' : ' It cannot be stored: it ends with this page.';
     setText(byId('how'), `${isSet ? 'Set. ' : ''}Type a price, or click in the chart. ${told}${kept}`);
     byId('remove').hidden = !isSet;
   }

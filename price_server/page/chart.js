@@ -1,15 +1,13 @@
-// The charts: where a time and a price stand in one, its line, the grid of a single one, and reading it.
+// The charts: their lines, the grid of a single one, and reading a point.
 
 import { formatPrice, formatRoundTime, formatTime, roundPrices, roundTimes } from './format.js';
-import { prune } from './history.js';
 import { byId, setText } from './layout.js';
-import { now } from './server.js';
+import { now, prune } from './server.js';
 import { showExtent } from './table.js';
 
 const SHORTEST = 300;  // seconds, of a server just started
-const FLATTEST = 0.002;  // of the price: a stablecoin's noise must not look like a crash
-const SLICE = 8;  // milliseconds: otherwise prices would wait for two hundred charts
-const TIME_WIDTH = 90;  // pixels
+const FLATTEST = 0.002;  // of the price, for stablecoins
+const SLICE = 8;  // milliseconds, as prices must not wait
 const KEYS = {
   ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -36, PageUp: 36, Home: -1e9, End: 1e9 };
 
@@ -17,59 +15,37 @@ export const xOf = (row, time) => ((1000 * (time - row.start)) / (row.end - row.
 export const yOf = (row, price) => (4 + (92 * (row.top - price)) / row.height).toFixed(1);
 export const priceAt = (row, share) => row.top - ((100 * share - 4) * row.height) / 92;
 
-let quote = '', hasSeconds = false;
+let quote = '', hasSeconds = false, timer = 0;
 
 const setPath = (part, path) => part.setAttribute('d', path);
 
-export class Charts {
-  #queue = [];
-  #timer = 0;
-  #rows = new Map();
-  #observer = new IntersectionObserver((entries) => this.#move(entries), { rootMargin: '50%' });
+// view: rows, range, polled, stale, interval, quote, drawn(row), finished()
+export function drawCharts(view) {
+  const { rows, range, stale } = view;
+  [quote, hasSeconds] = [view.quote, range.step < 60];
+  const end = Math.min(now(), view.polled + stale);  // without prices time stands still
+  for (const { points } of rows) prune(points, end - range.seconds);
+  const oldest = Math.min(end, ...rows.map(({ points }) => points[0]?.[0] ?? end));
+  const late = 1.5 * Math.max(range.step, view.interval);
+  const isFull = oldest <= end - range.seconds + late;
+  const start = isFull ? end - range.seconds : Math.min(oldest, end - SHORTEST);
+  setText(byId('period'), isFull ? range.name.replace(/\D/, ' $&') : `since ${formatTime(oldest, now(), {})}`);
+  setText(byId('from'), formatTime(start, now()));
+  setText(byId('to'), formatTime(end, now()));
+  const gap = 1.5 * range.step + stale;  // without a line
+  const scale = { start, end, gap, late: oldest + late, isAlone: rows.length === 1 };
+  const draw = (row) => {
+    drawChart(row, scale);
+    view.drawn(row);
+  };
+  clearTimeout(timer);
+  drawSlice([...rows.map((row) => () => draw(row)), view.finished]);
+}
 
-  constructor(onNear) { this.onNear = onNear; }
-
-  watch(rows) {
-    this.#rows = new Map(rows.map((row) => [row.tr, row]));
-    for (const tr of this.#rows.keys()) this.#observer.observe(tr);
-  }
-
-  #move(entries) {
-    for (const { target, isIntersecting } of entries) {
-      const row = this.#rows.get(target);
-      if (row) row.isFar = !isIntersecting;
-    }
-    if (entries.some(({ isIntersecting }) => isIntersecting)) this.onNear();
-  }
-
-  // view: rows, range, polled, stale, interval, quote, drawn()
-  draw(view) {
-    const { rows, range, stale } = view;
-    [quote, hasSeconds] = [view.quote, range.step < 60];
-    const end = Math.min(now(), view.polled + stale);  // without prices time stands still
-    for (const { points } of rows) prune(points, end - range.seconds);
-    const oldest = Math.min(end, ...rows.map(({ points }) => points[0]?.[0] ?? end));
-    const late = 1.5 * Math.max(range.step, view.interval);
-    const isFull = oldest <= end - range.seconds + late;
-    const start = isFull ? end - range.seconds : Math.min(oldest, end - SHORTEST);
-    const since = { timeZoneName: undefined };
-    setText(byId('period'), isFull ? range.name.replace(/\D/, ' $&') : `since ${formatTime(oldest, now(), since)}`);
-    setText(byId('from'), formatTime(start, now()));
-    setText(byId('to'), formatTime(end, now()));
-    clearTimeout(this.#timer);
-    const gap = 1.5 * range.step + stale;  // a line across it would show prices that nobody knew
-    const scale = { start, end, gap, late: oldest + late, isAlone: rows.length === 1 };
-    for (const row of rows) setScale(row, scale);
-    this.#queue = rows.filter((row) => !row.isFar || !row.isDrawn).map((row) => () => drawChart(row, scale));
-    this.#queue.push(view.drawn);
-    this.#drawSlice();
-  }
-
-  #drawSlice() {
-    const until = performance.now() + SLICE;
-    do this.#queue.shift()(); while (this.#queue.length && performance.now() < until);
-    if (this.#queue.length) this.#timer = setTimeout(() => this.#drawSlice(), 16);
-  }
+function drawSlice(queue) {
+  const until = performance.now() + SLICE;
+  do queue.shift()(); while (queue.length && performance.now() < until);
+  if (queue.length) timer = setTimeout(drawSlice, 16, queue);
 }
 
 function setScale(row, { start, end }) {
@@ -84,11 +60,10 @@ function setScale(row, { start, end }) {
 }
 
 function drawChart(row, scale) {
-  setScale(row, scale);  // again: points may have come since the first slice
+  setScale(row, scale);
   const { start, gap, late, isAlone } = scale;
   const { points, parts } = row, ground = points.length && yOf(row, points[0][1]);
   let line = '', area = '', before = -Infinity;
-  row.isDrawn = points.length > 0;
   for (const [time, price] of points) {
     const x = xOf(row, time), at = `${x} ${yOf(row, price)}`, isNew = time - before > gap;
     line += isNew ? `M${at}h0` : `L${at}`;
@@ -114,18 +89,15 @@ function drawGrid(row, isAlone) {
   const { parts, start, end, top, height } = row, labels = [];
   const addLabel = (className, textContent, side, percent) => {
     labels.push(Object.assign(document.createElement('span'), { className, textContent }));
-    labels[labels.length - 1].style[side] = `${percent}%`;
+    labels.at(-1).style[side] = `${percent}%`;
   };
   let path = '';
   if (isAlone && height > 0) {
-    const most = Math.min(Math.max(Math.floor(parts.chart.clientWidth / TIME_WIDTH) - 1, 2), 6);
-    const prices = roundPrices(top - height, top);
-    const decimals = Math.max(...prices.map((price) => (String(price).split('.')[1] ?? '').length));
-    for (const price of prices) {
+    for (const price of roundPrices(top - height, top)) {
       path += `M0 ${yOf(row, price)}H1000`;
-      addLabel('at-price', formatPrice(price, Math.min(decimals, row.decimals)), 'top', yOf(row, price));
+      addLabel('at-price', formatPrice(price), 'top', yOf(row, price));
     }
-    for (const time of roundTimes(start, end, most)) {
+    for (const time of roundTimes(start, end)) {
       path += `M${xOf(row, time)} 0V100`;
       addLabel('at-time', formatRoundTime(time, end - start), 'left', xOf(row, time) / 10);
     }
@@ -137,13 +109,13 @@ function drawGrid(row, isAlone) {
 const indexAt = (points, time) => points.reduce((best, point, i) => (
   Math.abs(point[0] - time) < Math.abs(points[best][0] - time) ? i : best), 0);
 
-// A point that is read stays the same until another one is. `point` null: none is read.
+// `point` null: none is read.
 function read(row, point) {
   const { chart, cross, dot, reading, text } = row.parts, { points } = row, wasRead = row.reading;
   row.reading = point;
   reading.hidden = !point;
   if (!points.length) return;
-  const [time, price] = point ?? points[points.length - 1], shown = formatPrice(price, row.decimals);
+  const [time, price] = point ?? points.at(-1), shown = formatPrice(price, row.decimals);
   const at = formatTime(time, now(), { timeZoneName: 'short', second: hasSeconds ? '2-digit' : undefined });
   const values = { min: Math.round(row.start), max: Math.round(row.end), now: Math.round(time) };
   for (const [name, value] of Object.entries(values)) chart.setAttribute(`aria-value${name}`, value);
@@ -151,13 +123,13 @@ function read(row, point) {
   if (!point && !wasRead) return;
   const x = xOf(row, time);
   setPath(cross, point ? `M${x} 0V100` : '');
-  setPath(dot, point ? `M${x} ${yOf(row, price)}h0` : '');
+  setPath(dot, point ? `M${x} ${yOf(row, price)}h.01` : '');
   if (!point) return;
   setText(text, `${shown} · ${at}`);
   showExtent(row);
-  // Never past an edge: on a phone the page would scroll sideways.
-  const width = reading.offsetWidth;
-  reading.style.left = `clamp(0px, ${x / 10}% - ${width / 2}px, 100% - ${width}px)`;
+  // Never past an edge.
+  reading.style.left = `${x / 10}%`;
+  reading.style.transform = `translateX(${-x / 10}%)`;
 }
 
 function readBy(table, event) {

@@ -1,11 +1,11 @@
-// The connection: WebSocket, or Server-Sent Events where that does not pass, or /prices where neither does.
+// The connection: WebSocket, else Server-Sent Events, else /prices.
 
 import { ASLEEP, ask, backoff, followServer, hasSlept, now, openLine, steady } from './server.js';
 
-const PATIENCE = 20;  // seconds for /healthz, and for the feed to open without it
-const OPENING = 5;  // seconds for one way to open, and for its first price
-const CHECK = 15;  // seconds between two looks while no prices come
-const SOCKET_AGAIN = 300;  // seconds until WebSocket is tried again
+const TIMEOUT = 20;  // seconds for /healthz, and for the feed to open without it
+const OPENING = 5;  // for one way to open, and for its first price
+const CHECK = 15;  // between two looks while no prices come
+const SOCKET_AGAIN = 300;  // until WebSocket is tried again
 
 export class Feed {
   phase = 'waiting';  // for the next attempt, 'opening', 'open', 'paused'
@@ -14,20 +14,20 @@ export class Feed {
   health = null;
   polled = -Infinity;  // when the prices were, by now()
   assets = [];  // in the order of the address
-  only = '';  // the same, joined; '' for all
+  only = '';  // the same, for ?assets=; '' for all
   answered = false;  // /healthz has, in this attempt
-  #attempt = 0;  // its number
-  #deadline = Infinity;  // of the phase, by steady(), as the other times
-  #looked = 0;  // at /healthz; Infinity while it is asked
+  #attempt = 0;
+  #deadline = Infinity;  // of the phase, by steady()
+  #healthAsked = 0;  // Infinity while it is asked
   #line = null;
-  #trial = null;  // of WebSocket, beside a stream that serves
+  #trial = null;  // a WebSocket beside a stream
   #isRefused = false;  // before /healthz had answered
   #socketAgain = 0;
-  #asked = -Infinity;
-  #isPolling = false;  // /prices has answered since the feed was lost
+  #pricesAsked = -Infinity;
+  #isPolling = false;
 
-  // on: price(update, { at, isNew, isGap }), health(isOther), opened(), changed(), slept()
-  // isNew: of a poll just made; isGap: the first after a while without.
+  // on: price(update, { at, isNew: of a poll just made, isGap: the first after a while }), health(isOther), opened(),
+  // changed(), slept()
   constructor(wanted, on) { Object.assign(this, { wanted, on }); }
 
   get query() { return this.only && `?assets=${this.only}`; }
@@ -44,11 +44,11 @@ export class Feed {
   }
 
   connect() {
-    this.hangUp('opening', PATIENCE);
+    this.hangUp('opening', TIMEOUT);
     this.#attempt += 1;
     this.answered = this.#isRefused = false;
     if (this.health || !this.wanted.length) this.#openFirst();
-    this.look();
+    this.askHealth();
   }
 
   #openFirst() {
@@ -103,7 +103,7 @@ export class Feed {
   #fail() {
     const { kind } = this.#line;
     this.#line.close();
-    if (!this.answered && this.#looked === Infinity) this.#isRefused = true;  // /healthz tells why
+    if (!this.answered && this.#healthAsked === Infinity) this.#isRefused = true;  // /healthz will say why
     else if (!this.answered) this.#lose('lost');
     else if (kind === 'socket' && !this.isFull) {
       this.#socketAgain = steady() + SOCKET_AGAIN;
@@ -121,26 +121,26 @@ export class Feed {
     this.on.changed();
   }
 
-  // With each attempt, as a server that was restarted may differ, and when the feed is silent.
-  async look() {
+  // With each attempt, as a restarted server may differ, and when the feed is silent.
+  async askHealth() {
     const attempt = this.#attempt, { answered } = this, asked = Date.now();
-    this.#looked = Infinity;
-    const answer = await ask('healthz', PATIENCE);
+    this.#healthAsked = Infinity;
+    const answer = await ask('healthz', TIMEOUT);
     if (attempt !== this.#attempt) return;
-    this.#looked = steady();
+    this.#healthAsked = steady();
     if (!answer?.assets) {
       if (this.#isRefused || (this.phase === 'open' && answered)) this.#lose('lost');
     } else if (this.#takeHealth(answer, (asked + Date.now()) / 2000)) {
       return this.connect();
     } else {
       this.answered = true;
-      if (this.phase === 'opening') this.#goOn();
+      if (this.phase === 'opening') this.#continueAttempt();
       else if (this.phase === 'open' && answered && this.health.polled - this.polled > ASLEEP) this.connect();
     }
     this.on.changed();
   }
 
-  #goOn() {
+  #continueAttempt() {
     this.#deadline = steady() + OPENING;
     if (this.#isRefused) this.#fail();
     else if (!this.#line) this.#openFirst();
@@ -151,10 +151,10 @@ export class Feed {
     if (phase === 'waiting' && isDue) this.connect();
     else if (phase === 'opening' && isDue) this.answered ? this.#fail() : this.#lose('lost');
     else if (phase === 'open' && isDue && this.answered && !this.isServed) this.#fail();
-    else if (phase === 'open' && isPast(this.#looked, CHECK) && !(isLive && this.answered)) this.look();
+    else if (phase === 'open' && isPast(this.#healthAsked, CHECK) && !(isLive && this.answered)) this.askHealth();
     else if (phase === 'open' && this.#line.kind === 'stream' && isPast(this.#socketAgain, 0)) this.#trySocket();
     const isShut = phase !== 'open' && (this.trouble === 'full' || this.trouble === 'blocked');
-    if (isShut && isPast(this.#asked, CHECK)) this.#askPrices();
+    if (isShut && isPast(this.#pricesAsked, CHECK)) this.#askPrices();
   }
 
   #trySocket() {
@@ -164,8 +164,8 @@ export class Feed {
   }
 
   async #askPrices() {
-    this.#asked = steady();
-    const updates = await ask(`prices${this.query}`, PATIENCE);
+    this.#pricesAsked = steady();
+    const updates = await ask(`prices${this.query}`, TIMEOUT);
     if (this.isServed || !Array.isArray(updates)) return;
     const isGap = !this.#isPolling, isNew = !isGap && this.health.polled > this.polled + 0.05;
     this.#isPolling = true;
@@ -173,7 +173,7 @@ export class Feed {
     for (const update of updates) this.on.price(update, { at: this.polled, isNew, isGap });
   }
 
-  // Returns whether it is of something else than before.
+  // Returns whether the source or the quote currency changed.
   #takeHealth(health, at) {
     const previous = this.health, { wanted } = this;
     const isOther = previous && (health.quote !== previous.quote || health.source !== previous.source);

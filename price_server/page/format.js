@@ -1,27 +1,30 @@
 // Numbers and times as a person reads them.
 
-const MINUTE = 60, HOUR = 3600, DAY = 86400;  // seconds
-const LAST = 20;
-const TIME_STEPS = [1, 2, 5, 10, 15, 30].map((n) => n * MINUTE)
-  .concat([1, 2, 3, 6, 12].map((n) => n * HOUR), [1, 2, 5, 7, 14].map((n) => n * DAY));
+const MINUTE = 60, DAY = 86400;  // seconds
+const TIME_STEPS = [60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, DAY, 2 * DAY, 5 * DAY, 7 * DAY, 14 * DAY];
 const PRICE_STEPS = [1, 2, 5, 10, 2.5, 3, 4, 6, 8, 1.5];
 const MONTH_STEPS = [1, 2, 3, 6, 12];
+const MOST = 5;  // times
 
-const formats = new Map();  // by decimals: it takes long to make one
+const formats = new Map();  // it takes long to make one
+
+function intl(Kind, locale, options, zone) {
+  const key = JSON.stringify(options) + zone;
+  if (!formats.has(key)) formats.set(key, new Kind(locale, options));
+  return formats.get(key);
+}
+
+// By the offset too, as the visitor may travel.
+const formatDate = (date, options) => intl(Intl.DateTimeFormat, 'en-GB', options, date.getTimezoneOffset()).format(date);
 
 function withDecimals(number, decimals) {
   const digits = Math.min(decimals, 20);
-  if (!formats.has(digits)) {
-    const options = { minimumFractionDigits: digits, maximumFractionDigits: digits };
-    formats.set(digits, new Intl.NumberFormat('en-US', options));
-  }
-  return formats.get(digits).format(number);
+  return intl(Intl.NumberFormat, 'en-US', { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(number);
 }
 
 const magnitude = (price) => Math.floor(Math.log10(price));
 
-// Five digits, but cents always: 177.53, 0.093412. A price that has fewer keeps its own (0.0934), unless it is tiny.
-// From a million on no cents.
+// Five digits, and at least cents below a million; fewer where a price has fewer, unless it is tiny.
 export function decimalsOf(price) {
   if (price >= 1e6) return 0;
   if (price < 1e-6) return 4 - magnitude(price);
@@ -30,12 +33,11 @@ export function decimalsOf(price) {
   return Math.max(own, 2);
 }
 
-// Those that the last prices of a row need, so that numbers do not jump; but not for one bad tick of 0.0000012.
+// As the last prices need, so that digits do not jump; but not for one bad tick.
 export function commonDecimals(prices) {
-  const last = prices.slice(-LAST);
-  if (!last.length) return 0;
-  const median = last.slice().sort((one, other) => one - other)[last.length >> 1];
-  return Math.min(Math.max(...last.map(decimalsOf)), Math.max(5 - magnitude(median), 2));
+  if (!prices.length) return 0;
+  const median = prices.slice().sort((one, other) => one - other)[prices.length >> 1];
+  return Math.min(Math.max(...prices.map(decimalsOf)), Math.max(5 - magnitude(median), 2));
 }
 
 export function formatPrice(price, decimals = 0) {
@@ -56,26 +58,24 @@ export function formatAge(seconds) {
   return minutes < 2880 ? `${Math.floor(minutes / 60)} h ${minutes % 60} min` : `${Math.floor(minutes / 1440)} days`;
 }
 
-// With the date unless it is today's, and the zone: the clocks may have changed since.
+// With the date unless it is today's, and the zone, as clocks change.
 export function formatTime(epoch, today, options = { timeZoneName: 'short' }) {
   const date = new Date(epoch * 1000), current = new Date(today * 1000);
   const day = date.toDateString() === current.toDateString() ? {} : { day: 'numeric', month: 'short' };
   if (date.getFullYear() !== current.getFullYear()) day.year = 'numeric';
-  return date.toLocaleString('en-GB', { hour: '2-digit', minute: '2-digit', ...day, ...options });
+  return formatDate(date, { hour: '2-digit', minute: '2-digit', ...day, ...options });
 }
 
-// 70000, 70,000.50, 0.093 or 0,093, as people type. NaN for what is no price.
+// 70000, 70,000.50, 0.093 or 0,093, as people type; or NaN.
 export function parsePrice(text) {
-  const bare = text.replace(/[\s_]/g, '');
-  if (/^[1-9]\d{0,2}(,\d{3})+(\.\d+)?$/.test(bare)) return positive(bare.replace(/,/g, ''));
-  return /^(\d+[.,]?\d*|[.,]\d+)(e-?\d+)?$/i.test(bare) ? positive(bare.replace(',', '.')) : NaN;
+  const typed = text.replace(/[\s_]/g, '');
+  const bare = /^[1-9]\d{0,2}(,\d{3})+(\.\d+)?$/.test(typed) ? typed.replace(/,/g, '') : typed.replace(',', '.');
+  const price = /^(\d+\.?\d*|\.\d+)(e-?\d+)?$/i.test(bare) ? Number(bare) : NaN;
+  return price > 0 && price < Infinity ? price : NaN;
 }
-
-const positive = (text) => (Number(text) > 0 && Number(text) < Infinity ? Number(text) : NaN);
 
 export function roundedPrice(price, height) {
-  const digits = -Math.floor(Math.log10(height / 50));
-  return Number(digits > 0 ? price.toFixed(Math.min(digits, 20)) : Math.round(price * 10 ** digits) / 10 ** digits);
+  return Number(price.toPrecision(Math.max(magnitude(Math.abs(price)) - magnitude(height / 50) + 1, 1)));
 }
 
 const multiples = (step, low, high) => {
@@ -90,15 +90,15 @@ export function roundPrices(low, high) {
   return grids.find(({ length }) => length === 3 || length === 4) ?? [];
 }
 
-export function roundTimes(start, end, most = 4) {
-  const step = TIME_STEPS.find((each) => (end - start) / each <= most);
+export function roundTimes(start, end) {
+  const step = TIME_STEPS.find((each) => (end - start) / each <= MOST);
   const date = new Date(start * 1000), found = [];
   if (step < DAY) {
     const ahead = -date.getTimezoneOffset() * MINUTE;
     return multiples(step, start + ahead, end + ahead).map((time) => time - ahead);
   }
   date.setHours(0, 0, 0, 0);
-  const months = step ? 0 : MONTH_STEPS.find((each) => (end - start) / (31 * DAY * each) <= most) ?? 12;
+  const months = step ? 0 : MONTH_STEPS.find((each) => (end - start) / (31 * DAY * each) <= MOST) ?? 12;
   if (months) date.setMonth(Math.floor(date.getMonth() / months) * months, 1);
   for (; date / 1000 <= end; months ? date.setMonth(date.getMonth() + months) : date.setDate(date.getDate() + step / DAY)) {
     if (date / 1000 >= start) found.push(date / 1000);
@@ -108,8 +108,7 @@ export function roundTimes(start, end, most = 4) {
 
 export function formatRoundTime(epoch, span) {
   const date = new Date(epoch * 1000);
-  if (span > 60 * DAY) return date.toLocaleString('en-GB', { month: 'short', year: date.getMonth() ? undefined : 'numeric' });
+  if (span > 60 * DAY) return formatDate(date, { month: 'short', year: date.getMonth() ? undefined : 'numeric' });
   const isMidnight = date.getHours() + date.getMinutes() === 0;
-  return date.toLocaleString('en-GB', isMidnight
-    ? { day: 'numeric', month: 'short' } : { hour: '2-digit', minute: '2-digit' });
+  return formatDate(date, isMidnight ? { day: 'numeric', month: 'short' } : { hour: '2-digit', minute: '2-digit' });
 }

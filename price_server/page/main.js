@@ -1,37 +1,35 @@
 // The page: prices from the feed into rows, the state, and what somebody does.
 
 import { Alerts } from './alerts.js';
-import { Charts, startReading } from './chart.js';
+import { drawCharts, startReading } from './chart.js';
 import { Feed } from './feed.js';
 import { formatAge } from './format.js';
-import { addPoint, chooseRange, Past, takePast } from './history.js';
 import {
-  byId, fitSoon, getChoice, setChoice, setText, showFilter, showState, stateOf, titleOf, wanted } from './layout.js';
-import { hasSlept, now, socketAddress, steady } from './server.js';
+  byId, fitSoon, getChoice, setChoice, setText, showState, showTitle, stateOf, wanted } from './layout.js';
+import { addPoint, chooseRange, hasSlept, mergePoints, now, Past, socketAddress, steady } from './server.js';
 import { Table } from './table.js';
 
 const HIDDEN = 600;  // seconds until a hidden page lets a server pause
 const DRAW = 5;  // seconds between two drawings of the charts
 
 const feed = new Feed(wanted, {
-  price: receive, health: takeHealth, changed: refresh, slept: beginAnew,
+  price: receive, health: takeHealth, changed: refresh, slept: startAgain,
   opened: () => { past.askSoon(); refresh(); } });
 const table = new Table({
-  arranged: () => { showFilter(table.rows.length); charts.watch(table.rows); fit(); },
-  shown: showTitle,
+  arranged: fit,
+  shown: tell,
   interval: () => feed.health?.interval_seconds ?? Infinity });
-const past = new Past(), charts = new Charts(() => refresh(true)), alerts = new Alerts(table);
+const past = new Past(), alerts = new Alerts(table);
 const early = [];
 let state = 'connecting', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;
 
-const fit = () => fitSoon(() => table.shown);
 const age = () => Math.max(now() - feed.polled, 0);
 const staleAfter = () => feed.health?.stale_after_seconds ?? Infinity;
 
 function receive(update, how) {
   const row = table.find(update.asset_id);
   if (row) take(row, update, how);
-  else if (!feed.health && early.push([update, how]) === 1) setTimeout(takeEarly, 20);  // all of one snapshot at once
+  else if (!feed.health && early.push([update, how]) === 1) setTimeout(takeEarly, 20);  // a snapshot at once
 }
 
 function takeEarly() {
@@ -42,11 +40,11 @@ function takeEarly() {
 
 function take(row, { price, time }, { at, isNew, isGap }) {
   row.time = Date.parse(time.replace(/\.\d+/, '')) / 1000 || 0;
-  if (isGap) row.isAway = row.isUnchecked = true;
+  if (isGap) row.isAway = true;
   if (isNew) {
     if (past.range) addPoint(row.points, [at, price], past.range);
     alerts.check(row, price, row.isAway || at - row.at > staleAfter());
-    Object.assign(row, { at, isAway: false, isUnchecked: false });
+    Object.assign(row, { at, isAway: false });
   }
   table.change(row, price, isNew);
   if (state !== 'live' || past.isDue || alerts.unseen) refresh();
@@ -87,9 +85,9 @@ async function loadPast() {
   if (!past.isDue || (!feed.isServed && feed.phase !== 'waiting')) return;
   const answer = await past.load(feed.only && `&assets=${feed.only}`);
   if (!answer) return;
-  takePast(table.rows, answer);
   for (const row of table.rows) {
-    const last = row.points[row.points.length - 1];
+    row.points = mergePoints(row.points, answer[row.asset] ?? [], now());
+    const last = row.points.at(-1);
     if (last) table.change(row, (feed.hasSeen(row.asset) && row.price) || last[1], false);
     if (last && (!feed.isServed || feed.health.age_seconds === null)) feed.polled = Math.max(feed.polled, last[0]);
   }
@@ -99,46 +97,47 @@ async function loadPast() {
 
 function refresh(drawNow = false) {
   const { health } = feed;
-  // What a connection begins with is as old as /healthz says.
+  // The first prices are as old as /healthz says.
   if (feed.isServed && feed.answered) feed.polled = Math.max(feed.polled, health.polled);
   loadPast();
   state = stateOf(feed, table.rows, age() > staleAfter());
   byId('rows').setAttribute('aria-busy', String(past.range?.name !== past.chosen?.name));
   showState(state, health, age(), feed.polled);
   if (state === 'live' && feed.answered) checkAlerts();
-  if (document.hidden) table.flush();
-  showTitle();
+  tell();
   const isDue = drawNow || steady() - drawn >= DRAW;
   if (isDue && health && past.range && !document.hidden && age() < Infinity) draw();
 }
 
-function showTitle() {
-  document.title = titleOf(state, alerts.unseen, feed.health?.source === 'demo', table.rows[0]);
+function fit() {
+  fitSoon(() => table.shown);
+}
+
+function tell() {
+  showTitle(state, alerts.unseen, feed.health?.source, table.rows[0]);
 }
 
 function draw() {
   drawn = steady();
   const off = table.mark(state === 'live', feed.polled, (asset) => feed.hasSeen(asset));
   setText(byId('clocks'), off ? `The clocks of this server and of CoinAPI differ by about ${formatAge(off)}.` : '');
-  charts.draw({
+  drawCharts({
     rows: table.rows, range: past.range, polled: feed.polled, stale: staleAfter(),
     interval: feed.health.interval_seconds, quote: feed.health.quote,
-    drawn: () => {
-      for (const row of table.rows) if (row.price !== null) table.change(row, row.price, false);
-      table.sortUnlessUsed();
-    } });
+    drawn: (row) => { if (row.price !== null) table.show(row); },
+    finished: () => table.sortUnlessUsed() });
 }
 
-// What a connection began with, now that it is known to be current.
+// The first prices of a connection, now known to be current.
 function checkAlerts() {
   for (const row of table.rows) {
-    if (!row.isUnchecked) continue;
+    if (!row.isAway || !feed.hasSeen(row.asset)) continue;
     alerts.check(row, row.price, true);
-    Object.assign(row, { at: feed.polled, isAway: false, isUnchecked: false });
+    Object.assign(row, { at: feed.polled, isAway: false });
   }
 }
 
-function beginAnew() {
+function startAgain() {
   feed.trouble = 'connecting';
   past.askSoon();
   feed.connect();
@@ -147,7 +146,7 @@ function beginAnew() {
 
 function tick() {
   if (feed.phase === 'paused') return;
-  if (hasSlept()) return beginAnew();
+  if (hasSlept()) return startAgain();
   const isUnseen = steady() - hiddenSince > HIDDEN;
   if (isUnseen && feed.health?.pause_when_idle && !table.hasAlert) feed.hangUp('paused');
   else feed.tick(state === 'live');
@@ -159,9 +158,8 @@ function wake() {
   if (document.hidden) return;
   alerts.unseen = '';
   tick();
-  if (feed.phase === 'open') feed.look();
+  if (feed.phase === 'open') feed.askHealth();
   else if (feed.phase !== 'opening') feed.connect();
-  table.flush();
   refresh(true);
 }
 
@@ -181,11 +179,12 @@ function start() {
   byId('filter').addEventListener('input', ({ target }) => table.filter(target.value));
   startReading(table, byId('rows'));
   for (const type of ['online', 'offline', 'visibilitychange']) addEventListener(type, wake);
-  // Back and forward: the page may be as it was, but without its connection.
+  // Back and forward restore the page, but not its connection.
   addEventListener('pagehide', () => feed.hangUp('waiting'));
-  addEventListener('pageshow', ({ persisted }) => { if (persisted) beginAnew(); });
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) startAgain(); });
   addEventListener('resize', fit);
-  new ResizeObserver(fit).observe(byId('size'));
+  const observer = new ResizeObserver(fit);
+  for (const id of ['size', 'reason', 'news']) observer.observe(byId(id));
   feed.connect();
   setInterval(tick, 1000);
 }

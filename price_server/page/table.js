@@ -1,10 +1,12 @@
-// The rows: which there are and in which order, and what each says of its price.
+// The rows, their order, and what each says of its price.
 
 import { commonDecimals, formatAge, formatChange, formatPrice, formatTime } from './format.js';
 import { byId, getChoice, linkTo, setChoice, setText } from './layout.js';
 import { now } from './server.js';
 
 const TINT = 0.7;  // seconds, and at most a third of the interval
+const GATHER = 25;  // milliseconds
+const FILTERED = 15;  // rows: with more there is a filter
 const WRONG = 300;  // seconds from the time of the poll; CoinAPI's lags by about 30 s
 const DIRECTIONS = { '+': ['up', '▲'], '−': ['down', '▼'] };
 
@@ -44,7 +46,6 @@ export function compareRows(by, way) {
 
 export class Table {
   rows = [];
-  #byAsset = new Map();
   #body = byId('rows');
   #changed = new Set();
   #tinted = [];
@@ -60,13 +61,12 @@ export class Table {
     this.#showSort();
   }
 
-  find(asset) { return this.#byAsset.get(asset); }
+  find(asset) { return this.rows.find((row) => row.asset === asset); }
   get hasAlert() { return this.rows.some(({ alert }) => alert); }
   get shown() { return this.rows.filter((row) => !row.isFilteredOut); }
 
   arrange(assets) {
     this.rows = assets.map((asset) => this.find(asset) ?? makeRow(asset));
-    this.#byAsset = new Map(this.rows.map((row) => [row.asset, row]));
     this.link();
     this.#body.replaceChildren(...this.rows.map((row) => row.tr));
     this.filter(this.#filter);
@@ -83,18 +83,18 @@ export class Table {
 
   clear() {
     this.rows = [];
-    this.#byAsset.clear();
     this.#changed.clear();
   }
 
   filter(text) {
     this.#filter = text;
     for (const row of this.rows) row.tr.hidden = row.isFilteredOut = !row.asset.includes(text.trim().toUpperCase());
+    byId('search').hidden = this.rows.length <= FILTERED;
     byId('unmatched').hidden = !this.rows.length || this.shown.length > 0;
     this.on.arranged();
   }
 
-  // One way, the other way, as it was.
+  // One way, the other way, then unsorted.
   sortBy(by) {
     const first = by === 'asset' ? 1 : -1;
     if (by !== this.#by) [this.#by, this.#way] = [by, first];
@@ -112,7 +112,7 @@ export class Table {
     sorted.forEach(({ tr }, i) => { if (tr !== children[i]) this.#body.insertBefore(tr, children[i]); });
   }
 
-  // Never under somebody's hand.
+  // Not while the pointer or the focus is in the table.
   sortUnlessUsed() {
     if (this.#by && !this.#body.matches(':hover, :focus-within')) this.sort();
   }
@@ -124,21 +124,21 @@ export class Table {
     }
   }
 
-  // Shown with the next frame, which a hidden page has not.
+  // All of a poll at once.
   change(row, price, isNew) {
     row.price = price;
     row.isMoved ||= isNew;
+    if (!this.#changed.size) setTimeout(() => this.#flush(), GATHER);
     this.#changed.add(row);
-    if (this.#changed.size === 1 && !document.hidden) requestAnimationFrame(() => this.flush());
   }
 
-  flush() {
-    for (const row of this.#changed) this.#show(row);
+  #flush() {
+    for (const row of this.#changed) this.show(row);
     this.#changed.clear();
     this.on.shown();
   }
 
-  #show(row) {
+  show(row) {
     const { price: part, change, trend, arrow, chart } = row.parts, { price, base } = row, before = part.textContent;
     row.decimals = commonDecimals([...row.points.slice(-19).map((point) => point[1]), price]);
     setText(part, formatPrice(price, row.decimals));
@@ -173,11 +173,11 @@ export class Table {
 }
 
 function tellLast({ points }) {
-  const last = points[points.length - 1];
+  const last = points.at(-1);
   return last ? `no price since ${formatTime(last[0], now())}` : 'no price yet';
 }
 
-// No price that is shown in a row may be outside the low and high beside it.
+// No price shown in a row may be outside its low and high.
 export function showExtent(row) {
   const shown = [row.price ?? row.low, row.reading?.[1] ?? row.low];
   row.low = Math.min(row.low, ...shown);

@@ -111,7 +111,6 @@ def test_nothing_scrolls_sideways_on_a_phone(view: View, server: PriceServer, si
     wait_for(lambda: view.run(page + "return page.querySelectorAll('[data-part=line][d]').length") == 10)
     view.run(page + "root.style.fontSize = `${arguments[0]}%`", size)
     wait_for(lambda: view.run(page + "return root.scrollWidth") <= 320, what="320 px")
-    wait_for(lambda: view.run(page + "return page.body.classList.contains('tight')") == (size == 200))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1920, 1080), (3840, 2160)])

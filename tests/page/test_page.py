@@ -55,9 +55,7 @@ def test_prices_move_without_a_reload(page: Page) -> None:
 def test_the_arrow_belongs_to_the_change(page: Page, server: PriceServer) -> None:
     record(server, DAY, 300)
     page_shows = []
-    prices(server, 110.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 110.0)
     for price in (109.0, 95.0, 96.0, 100.0):
         prices(server, price)
         wait_for(lambda price=price: page.part("price")[0] == f"{price:.2f}")  # type: ignore[misc]
@@ -74,9 +72,7 @@ def test_the_change_names_its_period(page: Page, start_server: StartServer) -> N
     server = start_server(**clock.options())
     for past, shown in ((4 * 3600, "since 15:00"), (22 * 3600, r"since \d+ \w+, 21:00"), (DAY, "24 h")):
         record(server, past, 300)
-        prices(server, 110.0)
-        page.visit(server.port)
-        page.wait_for_charts()
+        page.show(server, 110.0)
         wait_for(lambda shown=shown: re.fullmatch(shown, page.text("#period")), what=shown)  # type: ignore[misc]
         assert page.part("change") == ["+10.00%"] * 10
         assert page.part("since") == [""] * 10
@@ -99,9 +95,7 @@ def test_a_day_is_shown_first_once_there_is_more_than_an_hour_of_past(page: Page
     for past, shown in ((3000, "1h"), (2 * 3600, "24h")):
         server = start_server()
         record(server, past, 300)
-        prices(server, 110.0)
-        page.visit(server.port)
-        page.wait_for_charts()
+        page.show(server, 110.0)
         assert page.texts("#ranges button") == ["1h", "24h", "7d", "30d", "1y"]
         assert page.texts("#ranges [aria-pressed=true]") == [shown]
         assert page.browser.current_url == f"http://127.0.0.1:{server.port}/"
@@ -132,9 +126,7 @@ def test_the_range_stands_in_the_address_and_is_remembered_by_it_alone(page: Pag
 
 def test_low_and_high_stand_beside_the_chart_and_on_a_phone_in_the_reading(page: Page, server: PriceServer) -> None:
     record(server, DAY, 300, walk)
-    prices(server, 110.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 110.0)
     assert (page.part("low"), page.part("high")) == (["90.00"] * 10, ["120.00"] * 10)
     chart, low = page.first("[data-part=chart]"), page.first("[data-part=low]")
     assert low.location["x"] >= chart.location["x"] + chart.size["width"]
@@ -167,16 +159,14 @@ def test_at_an_interval_of_an_hour_two_polls_make_a_chart_and_a_change(page: Pag
 
 
 def test_only_the_assets_in_the_address_are_shown_and_asked_for(page: Page, server: PriceServer) -> None:
-    prices(server, 2.0)
-    page.visit(server.port, query="?assets=eth,%20BTC&assets=SOL")
-    page.wait_for_charts()
+    page.show(server, 2.0, query="?assets=eth,%20BTC&assets=SOL")
     assert page.part("asset") == ["ETH", "BTC", "SOL"]
     asked = [url.partition(f":{server.port}")[2] for url in page.requests()]
     assert {path for path in asked if "." not in path} == {
         "/?assets=eth,%20BTC&assets=SOL", "/healthz", "/history?range=1h&assets=ETH,BTC,SOL", "/ws?assets=ETH,BTC,SOL"
     }  # fmt: skip
     assert page.first("#all").is_displayed()
-    assert page.first("#all").get_attribute("href") == f"http://127.0.0.1:{server.port}/?"
+    assert page.first("#all").get_attribute("href") == f"http://127.0.0.1:{server.port}/"
     prices(server, 3.0)
     wait_for(lambda: page.part("price") == ["3.00"] * 3)
 
@@ -239,9 +229,7 @@ def test_a_chart_breaks_where_prices_are_missing(page: Page, server: PriceServer
     for age in range(3000, 0, -10):
         if age not in range(1000, 1500):
             remember(server, (now - age, dict.fromkeys(ASSETS, "100.0")))
-    prices(server, 500.0)
-    page.visit(server.port, query="?range=1h")
-    page.wait_for_charts()
+    page.show(server, 500.0, query="?range=1h")
     assert page.part("change") == ["+400.00%"] * 10
     for row in (0, 9):
         path = page.path("line", row)
@@ -255,9 +243,7 @@ def test_what_was_just_begun_is_drawn_only_where_there_are_prices(page: Page, st
     server = start_server()
     now = time.time()
     remember(server, (now - 12, dict.fromkeys(ASSETS, "100.0")))
-    prices(server, 100.01)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 100.01)
     xs = [float(x) for x in re.findall(r"[ML](-?[\d.]+) ", page.path("line"))]
     ys = [float(y) for y in re.findall(r"[ML]-?[\d.]+ ([\d.]+)", page.path("line"))]
     assert min(xs) > 900  # 12 s of 5 min
@@ -272,9 +258,7 @@ def test_the_noise_of_a_stablecoin_does_not_look_like_a_crash(page: Page, start_
     for age in range(3000, 0, -10):
         noise = 1e-5 * (age % 20 > 0)
         remember(server, (time.time() - age, {"USDT": f"{1 + noise}", "BTC": f"{100 + 1e5 * noise}"}))
-    prices(server, 1.0, BTC=100.0)
-    page.visit(server.port, query="?range=1h")
-    page.wait_for_charts()
+    page.show(server, 1.0, BTC=100.0, query="?range=1h")
     heights = []
     for row in (0, 1):
         ys = [float(y) for y in re.findall(r"[ML]-?[\d.]+ ([\d.]+)", page.path("line", row))]
@@ -338,9 +322,7 @@ def test_the_footer_tells_the_addresses_of_the_data_and_of_the_feed(page: Page, 
 
 
 def test_no_other_host_is_asked(page: Page, server: PriceServer) -> None:
-    prices(server, 2.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 2.0)
     here = f"//127.0.0.1:{server.port}/"
     assert [url for url in page.requests() if here not in url] == []
 
@@ -350,9 +332,7 @@ def test_no_other_host_is_asked(page: Page, server: PriceServer) -> None:
 
 def test_the_keyboard_reads_a_chart(page: Page, server: PriceServer) -> None:
     record(server, 600, 10, lambda age: 160.0 - age / 10)
-    prices(server, 160.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 160.0)
     assert page.run("return document.querySelectorAll('[tabindex=\"0\"]').length") == 10
     chart = page.first("[data-part=chart]")
     for key, price in (
@@ -373,9 +353,7 @@ def test_the_keyboard_reads_a_chart(page: Page, server: PriceServer) -> None:
 
 def test_what_is_read_does_not_move_by_itself(page: Page, server: PriceServer) -> None:
     record(server, 600, 10)
-    prices(server, 100.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 100.0)
     chart = page.first("[data-part=chart]")
     for key in (Keys.END, Keys.LEFT):
         chart.send_keys(key)
@@ -396,9 +374,7 @@ def test_the_time_that_is_read_names_its_zone(page: Page, start_server: StartSer
     clock = Clock(change + 7200 - time.time())
     server = start_server(**clock.options())
     record(server, 4 * 3600, 300)
-    prices(server, 100.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 100.0)
     page.first("[data-part=chart]").send_keys(Keys.HOME)
     assert re.search(r" (CEST|GMT\+2)$", page.part("text")[0])
     page.browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
@@ -406,9 +382,7 @@ def test_the_time_that_is_read_names_its_zone(page: Page, start_server: StartSer
 
 def test_the_mouse_reads_a_chart_while_it_is_over_it(page: Page, server: PriceServer) -> None:
     record(server, 3600, 10, lambda age: 460.0 - age / 10)
-    prices(server, 460.0)
-    page.visit(server.port, query="?range=1h")
-    page.wait_for_charts()
+    page.show(server, 460.0, query="?range=1h")
     ActionChains(page.browser).move_to_element(page.all("[data-part=chart]")[4]).click().perform()
     assert [reading.is_displayed() for reading in page.all("[data-part=reading]")] == [row == 4 for row in range(10)]
     assert float(page.part("text")[4].split(" · ")[0]) == pytest.approx(280, abs=4)

@@ -31,9 +31,7 @@ def old_browser(page: Page) -> Iterator[None]:
 @pytest.mark.usefixtures("old_browser")
 def test_an_old_browser_shows_prices_past_and_order(page: Page, server: PriceServer) -> None:
     record(server, 7200, 60)
-    prices(server, 110.0, XLM=0.5)
-    page.visit(server.port, query="?sort=price")
-    page.wait_for_charts()
+    page.show(server, 110.0, XLM=0.5, query="?sort=price")
     wait_for(lambda: page.part("asset")[0] == "XLM")
     assert page.first("[data-sort=price]").get_attribute("aria-sort") == "ascending"
     page.first("[data-part=chart]").send_keys(Keys.HOME)
@@ -63,10 +61,23 @@ def test_the_hole_of_a_lost_connection_is_filled(page: Page, server: PriceServer
     wait_for(lambda: any("/history?" in url for url in page.requests()), what="the past asked for again")
 
 
+def test_an_attempt_that_fails_is_not_followed_by_another_at_once(page: Page, server: PriceServer) -> None:
+    page.expect(*RESTART)
+    page.show(server, 100.0)
+    page.run("clock.held = true")
+    server.shutdown_gracefully()
+    page.wait_for_state("Connection lost, reconnecting")
+    for _ in range(5):  # ever later
+        page.errors()
+        page.pass_time(11)
+        wait_for(lambda: any("/healthz" in error for error in page.errors()), what="an attempt that failed")
+    page.requests()
+    page.run("for (let i = 0; i < 50; i += 1) clock.tick()")
+    assert page.requests() == []
+
+
 def test_a_key_of_the_browser_is_not_swallowed_by_a_chart(page: Page, server: PriceServer) -> None:
-    prices(server, 100.0)
-    page.visit(server.port)
-    page.wait_for_charts()
+    page.show(server, 100.0)
     chart = page.first("[data-part=chart]")
     page.run("addEventListener('keydown', (event) => { window.swallowed = event.defaultPrevented; })")
     for modifiers, swallowed in (("", True), ("altKey", False), ("ctrlKey", False), ("metaKey", False)):
@@ -77,9 +88,7 @@ def test_a_key_of_the_browser_is_not_swallowed_by_a_chart(page: Page, server: Pr
 
 def test_rows_do_not_move_away_under_the_pointer(page: Page, start_server: StartServer) -> None:
     server = start_server(("AAA", "BBB", "CCC", "DDD"))
-    prices(server, 1.0, AAA=5.0, BBB=4.0)
-    page.visit(server.port, query="?sort=-price")
-    page.wait_for_charts()
+    page.show(server, 1.0, AAA=5.0, BBB=4.0, query="?sort=-price")
     ActionChains(page.browser).move_to_element(page.all("tbody tr")[1]).perform()
     prices(server, 1.0, AAA=5.0, BBB=9.0)
     wait_for(lambda: page.part("price")[1] == "9.00")
@@ -92,9 +101,7 @@ def test_rows_do_not_move_away_under_the_pointer(page: Page, start_server: Start
 
 def test_a_price_is_never_outside_its_low_and_high(page: Page, server: PriceServer) -> None:
     record(server, 3000, 10)
-    prices(server, 100.0)
-    page.visit(server.port, query="?range=1h")
-    page.wait_for_charts()
+    page.show(server, 100.0, query="?range=1h")
     page.run("clock.held = true")  # no drawing
     for price, low, high in ((120.0, "100.00", "120.00"), (90.0, "90.00", "120.00")):
         prices(server, price)
@@ -196,9 +203,7 @@ def test_a_hidden_page_prunes_its_points(page: Page, start_server: StartServer) 
     clock = Clock()
     server = start_server(**clock.options())
     remember(server, (server._wall_clock() - 3000, dict.fromkeys(server.assets, "100.0")))
-    prices(server, 100.0)
-    page.visit(server.port, query="?range=1h")
-    page.wait_for_charts()
+    page.show(server, 100.0, query="?range=1h")
     page.look_away()
     for _ in range(100):
         clock.ahead += 40

@@ -56,6 +56,12 @@ class Page:
         self.browser.get(f"http://127.0.0.1:{port}/{query}")
         self.wait_for_state(state)
 
+    def show(self, server: PriceServer, price: float, query: str = "", **others: float) -> None:
+        """This price of all assets, but for the `others`, and their charts."""
+        prices(server, price, **others)
+        self.visit(server.port, query=query)
+        self.wait_for_charts()
+
     def wait_for_state(self, state: str, seconds: float = 30.0) -> None:
         wait_for(lambda: self.text("#state") == state, seconds, f"{state!r} on the page")
 
