@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from browser import start_chromium
 from crowd import Crowd
 from proxies import (
     DEPLOY,
@@ -34,7 +34,6 @@ from proxies import (
 )
 from raw import request
 from running import ASSETS, Tracker, outside, wait_for
-from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from websockets.exceptions import InvalidStatus
@@ -269,11 +268,6 @@ def test_port_80_leads_to_https_but_for_the_certificates_questions(proxy: HAProx
     assert headers["retry-after"] == "2"
 
 
-def test_ipv6_is_served(proxy: HAProxy, certificate: Certificate) -> None:
-    with connect(f"wss://localhost:{proxy.port}/ws", to="::1", ssl=certificate.context) as client:
-        assert json.loads(client.recv(timeout=5))["asset_id"] == "BTC"
-
-
 def test_page_of_the_same_origin_is_let_in_and_others_are_not(
     proxy: HAProxy, https: str, certificate: Certificate
 ) -> None:
@@ -393,15 +387,7 @@ def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: 
 def test_page_shows_moving_prices_over_http_2_its_websocket_included(
     proxy: HAProxy, https: str, tmp_path: Path
 ) -> None:
-    outside("chromium", "chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for flag in (
-        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        f"disable-component-update disable-sync ignore-certificate-errors user-data-dir={tmp_path}"
-    ).split():
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = start_chromium("--ignore-certificate-errors", f"--user-data-dir={tmp_path}")
 
     def row(asset_id: str) -> str:
         try:

@@ -40,28 +40,6 @@ def visit_websockets(url: str) -> Visit:
         return Visit(messages, pong.wait(5), client.close_code or 0)
 
 
-def visit_aiohttp(url: str) -> Visit:
-    import aiohttp
-
-    async def visit() -> Visit:
-        messages, ponged = 0, False
-        async with aiohttp.ClientSession() as session, session.ws_connect(url, autoping=False) as client:
-            await client.ping(PAYLOAD)
-            async for message in client:
-                if message.type is aiohttp.WSMsgType.PING:
-                    await client.pong(message.data)
-                elif message.type is aiohttp.WSMsgType.PONG:
-                    ponged = message.data == PAYLOAD
-                else:
-                    messages += 1
-                    if message.json() == {"asset_id": "SOL", "price": LAST, "time": "now"}:
-                        break
-            await client.close()
-            return Visit(messages, ponged, client.close_code or 0)
-
-    return asyncio.run(visit())
-
-
 def visit_websocket_client(url: str) -> Visit:
     import websocket
 
@@ -135,7 +113,6 @@ def visit_node(url: str) -> Visit:
 
 VISITS: dict[str, Callable[[str], Visit]] = {
     "websockets": visit_websockets,
-    "aiohttp": visit_aiohttp,
     "websocket-client": visit_websocket_client,
     "picows": visit_picows,
     "node": visit_node,
