@@ -420,6 +420,16 @@ def test_haproxy_takes_the_file_with_the_certificate_that_the_readme_makes_for_t
     assert "WARNING" not in checked.stderr
 
 
+def run_certbot_hook(folder: Path, pem: Path, lineage: Path, systemctl: str) -> int:
+    """Its exit status, after a renewal of the certificate in `lineage`; systemctl: what that command does."""
+    (folder / "systemctl").write_text(f"#!/bin/sh\n{systemctl}\n")
+    (folder / "systemctl").chmod(0o755)
+    hook = folder / "hook.sh"
+    hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", pem)))
+    environment = {"RENEWED_LINEAGE": str(lineage), "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(["sh", hook], env=environment, capture_output=True).returncode
+
+
 def test_certbot_hook_joins_chain_and_key_and_the_new_certificate_is_served(
     certificate: Certificate, tmp_path: Path
 ) -> None:
@@ -427,13 +437,8 @@ def test_certbot_hook_joins_chain_and_key_and_the_new_certificate_is_served(
     old = make_certificate(tmp_path / "old")
     with HAProxy(tmp_path, [free_port()] * 3, old) as proxy:
         assert ssl.get_server_certificate(("127.0.0.1", proxy.port)) == old.chain.read_text()
-        systemctl = tmp_path / "systemctl"
-        systemctl.write_text(f'#!/bin/sh\ntest "$*" = "reload haproxy" && kill -USR2 {proxy.process.pid}\n')
-        systemctl.chmod(0o755)
-        hook = tmp_path / "hook.sh"
-        hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", proxy.pem)))
-        environment = {"RENEWED_LINEAGE": str(certificate.chain.parent), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        subprocess.run(["sh", hook], env=environment, check=True)
+        systemctl = f'test "$*" = "reload haproxy" && kill -USR2 {proxy.process.pid}'
+        assert run_certbot_hook(tmp_path, proxy.pem, certificate.chain.parent, systemctl) == 0
         new = certificate.chain.read_text()
         wait_for(lambda: ssl.get_server_certificate(("127.0.0.1", proxy.port)) == new, what="the new certificate")
         assert proxy.pem.stat().st_mode & 0o777 == 0o600
@@ -444,11 +449,6 @@ def test_certbot_hook_without_a_key_leaves_the_certificate_that_is_served(tmp_pa
     pem, reloaded = tmp_path / "price-tracker.pem", tmp_path / "reloaded"
     pem.write_text("what is served")
     (tmp_path / "fullchain.pem").write_text("a chain without its key")
-    (tmp_path / "systemctl").write_text(f'#!/bin/sh\ntouch "{reloaded}"\n')
-    (tmp_path / "systemctl").chmod(0o755)
-    hook = tmp_path / "hook.sh"
-    hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", pem)))
-    environment = {"RENEWED_LINEAGE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(["sh", hook], env=environment, capture_output=True).returncode != 0
+    assert run_certbot_hook(tmp_path, pem, tmp_path, f'touch "{reloaded}"') != 0
     assert pem.read_text() == "what is served"
     assert not reloaded.exists()

@@ -119,9 +119,8 @@ def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
 
     monkeypatch.setattr(tracker, "Poller", WatchedPoller)
     monkeypatch.setattr(tracker, "DEFAULT_URL", coin_api.url)
-    run_main(
-        "--quote", "eur", "--interval", "9", "--pause-when-idle", COIN_API_KEY=f" {KEY} ", COIN_API_URL=""
-    )  # as without
+    flags = ("--quote", "eur", "--interval", "9", "--pause-when-idle")
+    run_main(*flags, COIN_API_KEY=f" {KEY} ", COIN_API_URL="")  # as without the address
     assert asked == [9.0, True, made[0]]
     assert coin_api.requests[0].path == "/v1/exchangerate/EUR"
     assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
