@@ -81,32 +81,6 @@ async def websockets(messages: list[str]) -> None:
         await obey(next(iter(server.sockets)).getsockname()[1], send, lambda: len(clients))
 
 
-async def aiohttp(messages: list[str]) -> None:
-    from aiohttp import web
-
-    clients = set()
-
-    async def handle(request: web.Request) -> web.WebSocketResponse:
-        connection = web.WebSocketResponse(compress=False)
-        await connection.prepare(request)
-        clients.add(connection)
-        async for _ in connection:
-            pass
-        return connection
-
-    async def send() -> None:  # asyncio.gather for each message takes 1.6 times as long
-        for message in messages:
-            for connection in clients:
-                await connection.send_str(message)
-
-    app = web.Application()
-    app.router.add_get("/ws", handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, HOST, 0).start()
-    await obey(runner.addresses[0][1], send, lambda: len(clients))
-
-
 async def picows(messages: list[str]) -> None:
     from picows import WSListener, WSMsgType, WSTransport, ws_create_server
 
@@ -173,7 +147,6 @@ SIDES = (
     Side("floor", "", None),  # bench_floor.c
     Side("websocket-server", "websocket-server", websocket_server, in_flight=4),  # its backlog is 5
     Side("websockets", "websockets", websockets),
-    Side("aiohttp", "aiohttp", aiohttp),
     Side("picows", "picows", picows),
     Side("ws", "ws", None),
 )

@@ -7,7 +7,6 @@ last the bytes of the first load, compressed, without the history.
 
 import gzip
 import random
-import shutil
 import sys
 import threading
 import time
@@ -16,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
-from browser import FLAGS, Line, prices, record  # noqa: E402
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService  # noqa: E402
+from browser import Line, prices, record, start_chromium  # noqa: E402
+from selenium.webdriver import Chrome  # noqa: E402
 
 from price_server import PriceServer  # noqa: E402
 
@@ -31,14 +30,6 @@ WATCH = """
     };
     requestAnimationFrame(look);
 """
-
-
-def start_browser() -> Chrome:
-    options = ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in FLAGS.split():
-        options.add_argument(flag)
-    return Chrome(options, ChromeService(shutil.which("chromedriver")))
 
 
 def start_server(count: int) -> PriceServer:
@@ -91,7 +82,7 @@ def busy_seconds(browser: Chrome) -> float:
 
 
 def main() -> None:
-    browser = start_browser()
+    browser = start_chromium()
     browser.execute_cdp_cmd("Performance.enable", {})
     measure_start(browser)
     for count in (10, 40, 200):

@@ -1,4 +1,7 @@
-"""The clients of the soak, good and rude, all in one selector loop: `soak_clients.py PORT CLIENTS SECONDS`."""
+"""The clients of the soak and of the storm, good and rude, all in one selector loop: `soak_clients.py WHAT NUMBERS...`.
+
+It says a line on stdout when all have connected, and for each on stdin what was seen, as JSON.
+"""
 
 import heapq
 import itertools
@@ -11,10 +14,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from bench_sides import raise_file_limit
 from raw import BINARY, CLOSE, PING, PONG, TEXT, frame, get, request, reset
@@ -22,6 +21,9 @@ from running import ASSETS
 from soak_source import WITHOUT_DOT
 
 ENOUGH_TO_FILL = 280  # polls of 731 bytes, 0.2 MB: more than the buffers on both sides hold
+DRIBBLE = 0.5  # seconds between two bytes: 20 of them until the server's 10 s are over
+HALF = request()[:100]
+PINGS = frame(PING) * 700
 PRICE = re.compile(rb'\{"asset_id":"([A-Z]+)","price":([0-9]+)\.0,"time":"[^"]+"\}')
 
 
@@ -42,9 +44,9 @@ def parse_frames(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
 
 
 class Crowd:
-    """All the clients, their selector, and what was seen."""
+    """The selector and the timers of all the clients, and what was seen."""
 
-    def __init__(self, port: int, clients: int, seconds: float):
+    def __init__(self, port: int, seconds: float = 0.0):
         self.port = port
         self.seconds = seconds
         self.selector = selectors.DefaultSelector()
@@ -55,41 +57,34 @@ class Crowd:
         self.wrong: Counter[str] = Counter()
         self.newest = 0  # the counter of the latest poll that any client has seen
         self.parsed: dict[tuple[tuple[str, ...], bytes], tuple[int, ...]] = {}
-        few = max(1, clients // 10)
-        self.clients: list[Client] = [Steady(self, number) for number in range(clients - 4 * few)]
-        self.clients += [Passing(self, number) for number in range(2 * few)]
-        self.clients += [Stalling(self, number) for number in range(few)]
-        self.clients += [Rude(self, number) for number in range(few)]
 
     def later(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.order), action))
 
-    def run(self) -> None:
-        """Until a line on stdin: the counter that every steady client must have seen by then."""
-        for client in self.clients:
+    def run(self, clients: "list[Client]") -> None:
+        """Until stdin ends."""
+        for client in clients:
             client.open()
+        print("{}", flush=True)
         self.selector.register(sys.stdin, selectors.EVENT_READ)
         while True:
             delay = self.timers[0][0] - time.monotonic() if self.timers else 1.0
-            for key, _ in self.selector.select(max(delay, 0)):
+            for key, events in self.selector.select(max(delay, 0)):
                 if key.data is None:
-                    line = sys.stdin.readline()
-                    if line:  # else the first process is gone
-                        self.finish(int(line))
-                    return
-                if key.fileobj is key.data.socket:  # not left or opened again earlier in this turn
-                    key.data.read()
+                    if not sys.stdin.readline():
+                        return
+                    self.tell(clients)
+                elif key.fileobj is key.data.socket:  # not left or opened again earlier in this turn
+                    key.data.serve(events)
             while self.timers and self.timers[0][0] <= time.monotonic():
                 heapq.heappop(self.timers)[2]()
 
-    def finish(self, last: int) -> None:
+    def tell(self, clients: "list[Client]") -> None:
         for key in list(self.selector.get_map().values()):
             if key.data and key.fileobj is key.data.socket:
                 key.data.read()
-        for client in self.clients:
-            if isinstance(client, Steady) and client.last != last:
-                self.wrong[f"a steady client saw poll {client.last} last, it was {last}"] += 1
-            client.forget()
+        last = {client.last for client in clients if isinstance(client, Steady)}
+        print(json.dumps({"seen": self.seen, "wrong": self.wrong, "last": sorted(last)}), flush=True)
 
     def polls(self, assets: tuple[str, ...], data: bytes) -> tuple[tuple[int, ...], int]:
         """Which whole polls the data is, and how many bytes that were.
@@ -136,7 +131,7 @@ class Client:
 
     buffer_size = 0  # bytes of SO_RCVBUF, 0 for the default
 
-    def __init__(self, crowd: Crowd, number: int):
+    def __init__(self, crowd: Crowd, number: int = 0):
         self.crowd = crowd
         self.number = number
         self.assets = ASSETS if number % 4 else ("BTC", "ETH")
@@ -162,10 +157,14 @@ class Client:
             self.wrong(f"no connection: {error}")
         sock.setblocking(False)
         self.crowd.selector.register(sock, selectors.EVENT_READ, self)
-        self.crowd.seen["connections"] += 1
+        self.crowd.seen[f"{self.kind} connections"] += 1
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__.lower()
 
     def wrong(self, what: str) -> None:
-        self.crowd.wrong[f"{type(self).__name__.lower()} client: {what}"] += 1
+        self.crowd.wrong[f"{self.kind} client: {what}"] += 1
 
     def while_open(self, seconds: float, action: Callable[[], None]) -> None:
         """Do it later, but not to the next connection."""
@@ -180,12 +179,15 @@ class Client:
             close(self.socket)
             self.socket = None
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> int:
+        """How many bytes were taken: none by a socket that is full or gone, which `read` will tell."""
         try:
-            if self.socket:
-                self.socket.send(data)
+            return self.socket.send(data) if self.socket else 0
         except OSError:
-            pass  # full or gone: `read` will tell
+            return 0
+
+    def serve(self, events: int) -> None:
+        self.read()
 
     def read(self) -> None:
         assert self.socket
@@ -439,14 +441,73 @@ class Rude(Client):
         self.done()
 
 
-def run_crowd(port: int, clients: int, seconds: float) -> None:
-    """Until a line on stdin; the result is JSON on stdout."""
-    crowd = Crowd(port, clients, seconds)
-    crowd.run()
-    result = {"seen": crowd.seen, "wrong": crowd.wrong}
-    print(json.dumps(result), flush=True)
+# The clients of the storm
+
+
+class Returning(Client):
+    """Comes again when the server has hung up."""
+
+    def lost(self) -> None:
+        self.crowd.seen[f"{self.kind} connections ended by the server"] += 1
+        self.crowd.later(DRIBBLE, self.open)
+
+
+class Dribbler(Returning):
+    """Sends half a request, a byte at a time."""
+
+    def open(self, head: bytes | None = None) -> None:
+        super().open(b"")
+        self.dribble(0)
+
+    def dribble(self, sent: int) -> None:
+        sent += self.send(HALF[sent : sent + 1])
+        self.while_open(DRIBBLE, lambda: self.dribble(sent))
+
+
+class HistoryReader(Client):
+    """Asks for the history and never reads it."""
+
+    buffer_size = 4096
+
+    def open(self, head: bytes | None = None) -> None:
+        super().open(get("/history"))
+        self.crowd.selector.unregister(self.socket)  # type: ignore[arg-type]
+
+
+class Pinger(Returning):
+    """Pings as fast as it can."""
+
+    def became_open(self) -> None:
+        self.position = 0
+        self.crowd.selector.modify(self.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, self)  # type: ignore[arg-type]
+
+    def serve(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            sent = self.send(PINGS[self.position :])
+            self.position = (self.position + sent) % len(PINGS)
+            self.crowd.seen["bytes of pings"] += sent
+        if events & selectors.EVENT_READ:
+            self.read()
+
+    def parse(self) -> None:
+        self.buffer = b""
+
+
+def soak(port: int, clients: int, seconds: int) -> None:
+    crowd, few = Crowd(port, seconds), max(1, clients // 10)
+    kinds = [Steady] * (clients - 4 * few) + [Passing] * (2 * few) + [Stalling] * few + [Rude] * few
+    crowd.run([kind(crowd, number) for number, kind in enumerate(kinds)])
+
+
+def storm(port: int, dribblers: int, readers: int, pingers: int) -> None:
+    crowd = Crowd(port)
+    crowd.run([kind(crowd) for kind in [Dribbler] * dribblers + [HistoryReader] * readers + [Pinger] * pingers])
 
 
 if __name__ == "__main__":
     raise_file_limit()
-    run_crowd(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    what, numbers = sys.argv[1], [int(number) for number in sys.argv[2:]]
+    if what == "soak":
+        soak(*numbers)
+    else:
+        storm(*numbers)

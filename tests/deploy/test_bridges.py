@@ -131,16 +131,13 @@ def running(name: str, tracker: Tracker, **environment: object) -> Iterator[subp
             process.kill()
 
 
-BRIDGES = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("name", "make_broker", "subscriber", "setting"),
     [
         ("nats-bridge.py", nats_server, nats_subscriber, "NATS_URL"),
         ("mqtt-bridge.py", mosquitto, mqtt_subscriber, "MQTT_URL"),
     ],
 )
-
-
-@BRIDGES
 def test_no_old_price_is_sent_after_an_outage_of_the_broker_and_the_bridge_comes_back(
     tmp_path: Path,
     name: str,

@@ -142,13 +142,18 @@ def test_image_has_labels_and_the_program_alone(image: Image, tmp_path: Path) ->
     assert (image.root / "opt/price-tracker/tracker.py").exists()
 
 
+def compose_config(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    """What docker-compose makes of the compose.yaml in this folder."""
+    command = ["docker-compose", "-f", str(folder / "compose.yaml"), "config", *options]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 def test_env_file_with_the_key_is_enough_for_each_command_and_git_ignores_it(tmp_path: Path) -> None:
     outside("docker-compose", "git")
     shutil.copy(DEPLOY / "compose.yaml", tmp_path)
     (tmp_path / ".env").write_text("COIN_API_KEY=your-key\n")
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    command = ["docker-compose", "-f", str(tmp_path / "compose.yaml"), "config"]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    told = compose_config(tmp_path).stdout
     assert yaml.safe_load(told)["services"]["tracker"]["environment"] == {"COIN_API_KEY": "your-key"}
     assert subprocess.run(["git", "check-ignore", "-q", "deploy/.env"], cwd=ROOT).returncode == 0
 
@@ -167,14 +172,9 @@ def test_compose_file_gives_the_port_to_this_machine_alone_and_has_room_for_all_
 
 def test_compose_file_is_understood_and_fits_the_image(image: Image) -> None:
     outside("docker-compose")
-    command = ["docker-compose", "-f", str(DEPLOY / "compose.yaml"), "config"]
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    without_key = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert "write COIN_API_KEY=your-key to the file .env beside compose.yaml" in without_key.stderr
-    told = subprocess.run(
-        [*command, "--no-interpolate"], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    service = yaml.safe_load(told)["services"]["tracker"]
+    without_key = compose_config(DEPLOY).stderr
+    assert "write COIN_API_KEY=your-key to the file .env beside compose.yaml" in without_key
+    service = yaml.safe_load(compose_config(DEPLOY, "--no-interpolate").stdout)["services"]["tracker"]
     assert service["read_only"] is True
     assert service["restart"] == "unless-stopped"
     assert service["command"] == image.config["Cmd"]

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from browser import start_chromium
 from crowd import Crowd
 from proxies import (
     DEPLOY,
@@ -34,7 +34,6 @@ from proxies import (
 )
 from raw import request
 from running import ASSETS, Tracker, outside, wait_for
-from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from websockets.exceptions import InvalidStatus
@@ -269,11 +268,6 @@ def test_port_80_leads_to_https_but_for_the_certificates_questions(proxy: HAProx
     assert headers["retry-after"] == "2"
 
 
-def test_ipv6_is_served(proxy: HAProxy, certificate: Certificate) -> None:
-    with connect(f"wss://localhost:{proxy.port}/ws", to="::1", ssl=certificate.context) as client:
-        assert json.loads(client.recv(timeout=5))["asset_id"] == "BTC"
-
-
 def test_page_of_the_same_origin_is_let_in_and_others_are_not(
     proxy: HAProxy, https: str, certificate: Certificate
 ) -> None:
@@ -393,15 +387,7 @@ def test_client_that_stopped_reading_gets_no_backlog_of_old_prices(certificate: 
 def test_page_shows_moving_prices_over_http_2_its_websocket_included(
     proxy: HAProxy, https: str, tmp_path: Path
 ) -> None:
-    outside("chromium", "chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for flag in (
-        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-        f"disable-component-update disable-sync ignore-certificate-errors user-data-dir={tmp_path}"
-    ).split():
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = start_chromium("--ignore-certificate-errors", f"--user-data-dir={tmp_path}")
 
     def row(asset_id: str) -> str:
         try:
@@ -434,6 +420,16 @@ def test_haproxy_takes_the_file_with_the_certificate_that_the_readme_makes_for_t
     assert "WARNING" not in checked.stderr
 
 
+def run_certbot_hook(folder: Path, pem: Path, lineage: Path, systemctl: str) -> int:
+    """Its exit status, after a renewal of the certificate in `lineage`; systemctl: what that command does."""
+    (folder / "systemctl").write_text(f"#!/bin/sh\n{systemctl}\n")
+    (folder / "systemctl").chmod(0o755)
+    hook = folder / "hook.sh"
+    hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", pem)))
+    environment = {"RENEWED_LINEAGE": str(lineage), "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(["sh", hook], env=environment, capture_output=True).returncode
+
+
 def test_certbot_hook_joins_chain_and_key_and_the_new_certificate_is_served(
     certificate: Certificate, tmp_path: Path
 ) -> None:
@@ -441,13 +437,8 @@ def test_certbot_hook_joins_chain_and_key_and_the_new_certificate_is_served(
     old = make_certificate(tmp_path / "old")
     with HAProxy(tmp_path, [free_port()] * 3, old) as proxy:
         assert ssl.get_server_certificate(("127.0.0.1", proxy.port)) == old.chain.read_text()
-        systemctl = tmp_path / "systemctl"
-        systemctl.write_text(f'#!/bin/sh\ntest "$*" = "reload haproxy" && kill -USR2 {proxy.process.pid}\n')
-        systemctl.chmod(0o755)
-        hook = tmp_path / "hook.sh"
-        hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", proxy.pem)))
-        environment = {"RENEWED_LINEAGE": str(certificate.chain.parent), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        subprocess.run(["sh", hook], env=environment, check=True)
+        systemctl = f'test "$*" = "reload haproxy" && kill -USR2 {proxy.process.pid}'
+        assert run_certbot_hook(tmp_path, proxy.pem, certificate.chain.parent, systemctl) == 0
         new = certificate.chain.read_text()
         wait_for(lambda: ssl.get_server_certificate(("127.0.0.1", proxy.port)) == new, what="the new certificate")
         assert proxy.pem.stat().st_mode & 0o777 == 0o600
@@ -458,11 +449,6 @@ def test_certbot_hook_without_a_key_leaves_the_certificate_that_is_served(tmp_pa
     pem, reloaded = tmp_path / "price-tracker.pem", tmp_path / "reloaded"
     pem.write_text("what is served")
     (tmp_path / "fullchain.pem").write_text("a chain without its key")
-    (tmp_path / "systemctl").write_text(f'#!/bin/sh\ntouch "{reloaded}"\n')
-    (tmp_path / "systemctl").chmod(0o755)
-    hook = tmp_path / "hook.sh"
-    hook.write_text(deployed("certbot-hook.sh", ("/etc/haproxy/price-tracker.pem", pem)))
-    environment = {"RENEWED_LINEAGE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(["sh", hook], env=environment, capture_output=True).returncode != 0
+    assert run_certbot_hook(tmp_path, pem, tmp_path, f'touch "{reloaded}"') != 0
     assert pem.read_text() == "what is served"
     assert not reloaded.exists()

@@ -13,21 +13,19 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import psutil
 import pytest
+from feed import Feed, Lateness
 from raw import request, reset, visit
-from running import ASSETS, Tracker, wait_for
-from stand_in import KEY, StandIn
+from running import Tracker, wait_for
 from swarm import Swarm
 
 UPGRADE = request()
@@ -228,37 +226,6 @@ def say(what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-class Lateness:
-    """`with Lateness() as lateness:` measures how late this process wakes: what a busy machine adds to any wait."""
-
-    FACTOR = 4  # a wait that is measured goes through about so many wake-ups: CoinAPI's stand-in, tracker, client
-
-    def __init__(self) -> None:
-        self.longest = 0.0  # seconds
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.measure, daemon=True)
-
-    def measure(self) -> None:
-        before = time.monotonic()
-        while not self.ended.wait(0.005):
-            now = time.monotonic()
-            self.longest = max(self.longest, now - before - 0.005)
-            before = now
-
-    def __enter__(self) -> "Lateness":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-
-    def allows(self, seconds: float, promised: float) -> bool:
-        """Whether a wait of so many seconds keeps the promise."""
-        print(f"took {seconds:.3f} s of {promised} s; this process woke up to {self.longest:.3f} s late")
-        return seconds <= promised + self.FACTOR * self.longest
-
-
 # Hostile clients beside an honest one
 
 
@@ -267,64 +234,19 @@ def clients_at(tracker: Tracker) -> int:
         return int(json.load(answer)["clients"])
 
 
-class Feed:
-    """A tracker with an interval of 0.25 s and an honest client that notes what comes, and when.
-
-    The prices of the n-th poll are n: so the client can tell whether it missed one.
-    """
-
-    INTERVAL = 0.25  # seconds
-
-    def __init__(self, stack: ExitStack) -> None:
-        from websockets.sync.client import connect
-
-        self.polls = 0
-        self.coin_api = stack.enter_context(StandIn())
-        self.coin_api.answer = self.answer
-        self.tracker = stack.enter_context(
-            Tracker("--interval", str(self.INTERVAL), COIN_API_KEY=KEY, COIN_API_URL=self.coin_api.url)
-        )
-        self.client = stack.enter_context(connect(self.tracker.ws, proxy=None, max_queue=None))
-        self.arrivals: list[tuple[float, str, float]] = []  # monotonic seconds, asset, price
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        self.wait_for_polls(3)
-        self.usage = self.tracker.usage()
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        self.polls += 1
-        self.coin_api.rates = dict.fromkeys(ASSETS, float(self.polls))
-        self.coin_api.send_rates(handler)
-
-    def watch(self) -> None:
-        for message in self.client:
-            update = json.loads(message)
-            self.arrivals.append((time.monotonic(), update["asset_id"], update["price"]))
-
-    def wait_for_polls(self, number: int) -> None:
-        wanted = len(self.arrivals) + number * len(ASSETS)
-        wait_for(lambda: len(self.arrivals) >= wanted, what="the next poll")
-
-    def longest_wait_beside(self, kind: Callable[..., None]) -> float:
-        """The longest time between two polls at the honest client, in seconds; the bad ones have left then."""
-        began = time.monotonic()
-        with Swarm(__file__, kind.__name__, self.tracker.port) as swarm:
-            if kind is leave_together:
-                assert swarm.hear() == "ready"
-                swarm.end()
-            else:
-                assert swarm.process.wait(30) == 0
-        wait_for(lambda: clients_at(self.tracker) == 1, what="no bad client left over")
-        wait_for(self.is_as_before, what="threads and files back")
-        self.wait_for_polls(1)
-        times = [at for at, asset, _ in self.arrivals if asset == ASSETS[-1]]
-        first = max(index for index, at in enumerate(times) if at <= began)
-        return max(later - earlier for earlier, later in zip(times[first:], times[first + 1 :], strict=False))
-
-    def is_as_before(self) -> bool:
-        """Whether threads and files are back where they were."""
-        threads, files, *_ = self.tracker.usage()
-        return threads <= self.usage[0] and files <= self.usage[1]
+def longest_wait_beside(feed: Feed, kind: Callable[..., None]) -> float:
+    """The longest time between two polls at the honest client, in seconds; the bad ones have left then."""
+    began = time.monotonic()
+    with Swarm(__file__, kind.__name__, feed.tracker.port) as swarm:
+        if kind is leave_together:
+            assert swarm.hear() == "ready"
+            swarm.end()
+        else:
+            assert swarm.process.wait(30) == 0
+    wait_for(lambda: clients_at(feed.tracker) == 1, what="no bad client left over")
+    wait_for(feed.is_as_before, what="threads and files back")
+    feed.wait_for_polls(1)
+    return feed.longest_wait(began)
 
 
 @pytest.fixture(scope="module")
@@ -354,11 +276,9 @@ def test_an_honest_client_waits_no_longer_and_misses_nothing_beside_clients_that
     feed: Feed, kind: Callable[..., None]
 ) -> None:
     with Lateness() as lateness:
-        waited = feed.longest_wait_beside(kind)
+        waited = longest_wait_beside(feed, kind)
     assert lateness.allows(waited, 2 * Feed.INTERVAL + 0.2)
-    for asset in ASSETS:
-        seen = [price for _, each, price in list(feed.arrivals) if each == asset]
-        assert seen == [seen[0] + number for number in range(len(seen))]
+    assert feed.missed_nothing()
 
 
 def test_bad_clients_leave_no_traceback_and_no_flood_in_the_log(feed: Feed) -> None:

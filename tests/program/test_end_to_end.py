@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -59,13 +58,6 @@ def test_one_batched_request_a_second_reaches_coinapi_and_every_client_gets_its_
         assert asked.query == {"filter_asset_id": [",".join(ASSETS)], "invert": ["true"]}
         assert asked.headers["X-CoinAPI-Key"] == KEY
     assert KEY not in tracker.text
-
-
-def test_the_port_is_bound_before_the_first_poll_whatever_coinapi_does(coin_api: StandIn) -> None:
-    coin_api.answer = lambda handler: time.sleep(3)
-    with tracking(coin_api) as tracker, feed(tracker):
-        health = requests.get(tracker.http + "/healthz", timeout=5)
-        assert (health.status_code, health.json()["status"]) == (503, "starting")
 
 
 def cut_off(handler: BaseHTTPRequestHandler) -> None:
@@ -142,14 +134,6 @@ def test_a_second_signal_ends_the_program_at_once(coin_api: StandIn) -> None:
         tracker.process.send_signal(signal.SIGTERM)  # it waits a second for the close that never comes
         tracker.wait_for_log("stopping")
         assert tracker.stop(signal.SIGINT) == -signal.SIGINT
-
-
-def test_there_are_four_threads_at_any_number_of_clients() -> None:
-    with Tracker("--demo", "--interval", "0.2") as tracker, ExitStack() as stack:
-        assert tracker.usage()[0] == 4
-        clients = [stack.enter_context(visit(tracker.port, request())) for _ in range(100)]
-        assert all(client.recv(10) for client in clients)
-        assert tracker.usage()[0] == 4
 
 
 def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:

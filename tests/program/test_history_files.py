@@ -81,9 +81,9 @@ def track(file: Path, coin_api: StandIn) -> Iterator[Callable[..., Tracker]]:
 
     coin_api.answer = answer
 
-    def start(program: str = "tracker.py") -> Tracker:
+    def start() -> Tracker:
         options = ("--interval", "0.1", "--history", str(file))
-        tracker = Tracker(*options, program=program, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
+        tracker = Tracker(*options, COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
         trackers.append(tracker)
         return tracker.__enter__()
 
@@ -346,45 +346,3 @@ def test_a_full_disk_costs_the_clients_nothing(file: Path, track: Callable[..., 
     assert client.missed_nothing()
     assert stops_in_time(tracker)
     assert has_last(file, client)
-
-
-HANGING = """
-import pathlib, sqlite3, sys, time
-sys.path.insert(0, {root!r})
-connect, hangs = sqlite3.connect, pathlib.Path({hangs!r})
-
-class Disk(sqlite3.Connection):
-    def executemany(self, *arguments):
-        while hangs.exists():
-            time.sleep(0.01)
-        return super().executemany(*arguments)
-
-def connect_slowly(name, **options):
-    while "past.db" in name and hangs.exists():
-        time.sleep(0.01)
-    return connect(name, factory=Disk, **options)
-
-sqlite3.connect = connect_slowly
-import tracker
-sys.exit(tracker.main())
-"""
-
-
-def test_a_disk_that_hangs_costs_the_clients_nothing(file: Path, tmp_path: Path, track: Callable[..., Tracker]) -> None:
-    program, hangs = tmp_path / "hanging.py", tmp_path / "hangs"
-    program.write_text(HANGING.format(root=str(ROOT), hangs=str(hangs)))
-    hangs.touch()
-    tracker = track(str(program))
-    client = Honest(tracker)
-    client.wait_for_polls(3)
-    assert f"{BEHIND}: history file '{file}' does not answer" in warnings(tracker)[0]
-    assert requests.get(f"{tracker.http}/healthz", timeout=1).json()["status"] == "ok"
-    hangs.unlink()
-    tracker.wait_for_log(AGAIN)
-    wait_for(partial(is_saved, file, client), what="its price in the file")
-    hangs.touch()
-    client.wait_for_polls(10)
-    assert is_current(tracker, client)
-    assert len(warnings(tracker)) == 1
-    assert client.missed_nothing()
-    assert stops_in_time(tracker)

@@ -100,8 +100,3 @@ def test_once_that_cannot_write_is_no_traceback(
     command = f'("{sys.executable}" "{ROOT / "tracker.py"}" --demo --once; echo $? >&2) {where}'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20)
     assert re.fullmatch(rf"{LINE}{said}\n{status}\n" if said else f"{status}\n", done.stderr)
-
-
-def test_demo_prices_are_never_a_silent_fallback(run_main: Callable[..., Done]) -> None:
-    done = run_main("--once")
-    assert (done.status, done.out) == (2, [])

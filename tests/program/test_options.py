@@ -48,10 +48,10 @@ def test_a_wrong_argument_is_one_line_that_names_it(
     assert done.log[0].endswith("(see --help)")
 
 
-@pytest.mark.parametrize("key", ["", "  "])
-def test_no_key_says_what_to_set(run_main: Callable[..., Done], key: str) -> None:
-    done = run_main("--once", COIN_API_KEY=key)
-    assert done.status == 2
+@pytest.mark.parametrize("environment", [{}, {"COIN_API_KEY": ""}, {"COIN_API_KEY": "  "}])
+def test_no_key_says_what_to_set_and_is_no_demo(run_main: Callable[..., Done], environment: dict[str, str]) -> None:
+    done = run_main("--once", **environment)
+    assert (done.status, done.out) == (2, [])
     assert done.log == [
         "ERROR COIN_API_KEY is not set: set it to your key from CoinAPI, or try --demo, which needs none"
     ]

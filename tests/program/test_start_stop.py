@@ -93,16 +93,6 @@ def test_every_flag_reaches_the_server(run_main: Callable[..., Done], made: list
     assert server.files_asked == [149], "before the server is made, which fits its clients into them"
 
 
-def test_without_flags_the_server_gets_the_defaults(
-    run_main: Callable[..., Done], made: list[FakePriceServer], coin_api: StandIn
-) -> None:
-    run_main(COIN_API_KEY=f" {KEY} ", COIN_API_URL=coin_api.url)
-    expected = {"host": "127.0.0.1", "port": 3030, "quote": "USD", "source": "coinapi", "interval": 5.0}
-    expected |= {"max_clients": 10_000, "allow_origins": [], "history_file": None, "pause_when_idle": False}
-    assert made[0].options == expected
-    assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
-
-
 def test_your_own_source_is_asked_and_named_in_place_of_coinapi(
     run_main: Callable[..., Done], made: list[FakePriceServer]
 ) -> None:
@@ -129,9 +119,12 @@ def test_quote_interval_and_pause_reach_the_poller_and_coinapi(
 
     monkeypatch.setattr(tracker, "Poller", WatchedPoller)
     monkeypatch.setattr(tracker, "DEFAULT_URL", coin_api.url)
-    run_main("--quote", "eur", "--interval", "9", "--pause-when-idle", COIN_API_KEY=KEY, COIN_API_URL="")  # as without
+    flags = ("--quote", "eur", "--interval", "9", "--pause-when-idle")
+    run_main(*flags, COIN_API_KEY=f" {KEY} ", COIN_API_URL="")  # as without the address
     assert asked == [9.0, True, made[0]]
     assert coin_api.requests[0].path == "/v1/exchangerate/EUR"
+    assert coin_api.requests[0].headers["X-CoinAPI-Key"] == KEY
+    assert made[0].options["source"] == "coinapi"
     assert made[0].options["pause_when_idle"] is True
 
 
@@ -186,17 +179,6 @@ def test_a_server_that_ends_unasked_is_exit_1(run_main: Callable[..., Done], mad
         assert not poller.is_alive()
 
 
-def test_a_history_file_that_cannot_be_used_is_exit_2(
-    run_main: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ValueError("x.db is no database: move it aside")
-
-    monkeypatch.setattr(tracker.PriceServer, "__init__", refuse)
-    done = run_main("--demo", "--history", "x.db")
-    assert (done.status, done.log) == (2, ["ERROR x.db is no database: move it aside"])
-
-
 def refuse_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     start = threading.Thread.start
 
@@ -234,25 +216,6 @@ def test_a_server_without_one_of_its_threads_is_exit_1_and_says_so(
     refuse_thread(monkeypatch, name)
     done = run_main("--demo", "--port", "0", "--history", str(tmp_path / "past.db"))
     assert (done.status, done.log[0]) == (1, "ERROR cannot start: can't start new thread")
-
-
-def test_a_refused_key_is_exit_2_without_the_start_up_lines(
-    run_main: Callable[..., Done], made: list[FakePriceServer], coin_api: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    coin_api.say(b'{"error":"Invalid API key"}', status=401)
-
-    def note(server: FakePriceServer, reason: str, cause: str) -> None:
-        server.last_error = reason
-
-    monkeypatch.setattr(FakePriceServer, "report_failure", note)
-    done = run_main(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
-    assert done.status == 2
-    assert done.log == [
-        "INFO stopping, clients connected: 0",
-        "INFO stopped",
-        "ERROR CoinAPI refused the key (401): Invalid API key: check COIN_API_KEY",
-    ]
-    assert len(coin_api.requests) == 1
 
 
 def test_a_port_that_is_taken_is_exit_1_and_one_line(run_main: Callable[..., Done]) -> None:

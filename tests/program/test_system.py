@@ -423,21 +423,6 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_so() -> None:
         assert tracker.stop() == 0
 
 
-@pytest.mark.parametrize("number", system.SIGNALS)
-def test_the_first_signal_stops_and_the_second_ends_at_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    before = {each: signal.getsignal(each) for each in system.SIGNALS}
-    stops: list[int] = []
-    try:
-        system.stop_on_signals(lambda: stops.append(1))
-        os.kill(os.getpid(), number)
-        wait_for(lambda: stops)
-        assert [signal.getsignal(each) for each in system.SIGNALS] == [signal.SIG_DFL] * 3
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    assert stops == [1]
-
-
 # Room for clients
 
 

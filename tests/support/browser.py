@@ -233,16 +233,22 @@ def time_of(server: PriceServer, ahead: float = 0.0) -> str:
     return datetime.fromtimestamp(server._wall_clock() - 30 + ahead, UTC).strftime("%Y-%m-%dT%H:%M:%S.1234567Z")
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def start_chromium(*flags: str, logs: dict[str, str] | None = None) -> Chrome:
+    """Chromium, headless; logs: which ones can be asked for."""
     outside("chromium", "chromedriver")
     options = ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    for flag in (*FLAGS.split(), *flags):
         options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", logs or {})
     # With a path of ours Selenium looks for no driver elsewhere, and downloads none.
-    browser = Chrome(options, ChromeService(shutil.which("chromedriver")))
+    return Chrome(options, ChromeService(shutil.which("chromedriver")))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    folder = tmp_path_factory.mktemp("chromium")
+    browser = start_chromium(f"--user-data-dir={folder}", logs={"browser": "ALL", "performance": "ALL"})
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": CLOCKS})
     yield browser
     browser.quit()

@@ -9,17 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from browser import FLAGS
+from browser import start_chromium
 from firefox import Firefox, open_firefox
 from running import outside, wait_for
-from selenium.webdriver import (
-    Chrome,
-    ChromeOptions,
-    ChromeService,
-    WebKitGTK,
-    WebKitGTKOptions,
-    WebKitGTKService,
-)
+from selenium.webdriver import Chrome, WebKitGTK, WebKitGTKOptions, WebKitGTKService
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
@@ -34,7 +27,6 @@ class Selenium:
     def __init__(self, driver: Chrome | WebKitGTK):
         self.driver = driver
         self.get, self.execute_script, self.back = driver.get, driver.execute_script, driver.back
-        self.save_screenshot = driver.save_screenshot
 
     def set_size(self, width: int, height: int) -> None:
         if isinstance(self.driver, Chrome):
@@ -109,13 +101,8 @@ def open_browser(name: str, folder: Path, dark: bool = False) -> Iterator[View]:
 
 @contextmanager
 def _open_chromium(folder: Path, dark: bool) -> Iterator[Selenium]:
-    outside("chromium", "chromedriver")
-    options = ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    flags = [*FLAGS.split(), f"--user-data-dir={folder / 'chromium'}"]
-    for flag in [*flags, "--force-dark-mode"] if dark else flags:
-        options.add_argument(flag)
-    driver = Chrome(options, ChromeService(shutil.which("chromedriver")))
+    flags = ["--force-dark-mode"] if dark else []
+    driver = start_chromium(f"--user-data-dir={folder / 'chromium'}", *flags)
     if dark:
         media = [{"name": "prefers-color-scheme", "value": "dark"}]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})

@@ -1,6 +1,5 @@
 """Headless Firefox, driven by WebDriver BiDi: geckodriver is not packaged, and a page needs only a few commands."""
 
-import base64
 import json
 import re
 import subprocess
@@ -89,10 +88,6 @@ class Firefox:
 
     def _perform(self, source: Mapping[str, object]) -> None:
         self.call("input.performActions", context=self.context, actions=[source])
-
-    def save_screenshot(self, file: str) -> None:
-        data = self.call("browsingContext.captureScreenshot", context=self.context)["data"]
-        Path(file).write_bytes(base64.b64decode(data))
 
     def back(self) -> None:
         self.call("browsingContext.traverseHistory", context=self.context, delta=-1)

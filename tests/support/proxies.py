@@ -35,13 +35,6 @@ def deployed(name: str, *changes: tuple[str, object]) -> str:
     return put((DEPLOY / name).read_text(encoding="utf-8"), *changes)
 
 
-def seconds_of(setting: str, text: str) -> int:
-    """The seconds of a setting like `timeout tunnel 60s`."""
-    found = re.search(rf"{setting} (\d+)s", text)
-    assert found, setting
-    return int(found[1])
-
-
 def readme_block(mark: str) -> str:
     """The one fenced block of deploy/README.md that holds this text."""
     readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
@@ -63,13 +56,13 @@ def listens(port: int, address: str = "127.0.0.1") -> bool:
         return sock.connect_ex((address, port)) == 0
 
 
-def connect(uri: str, to: str = "127.0.0.1", **options: Any) -> ClientConnection:
-    """A client over TLS, connected to this address. It asks again when the proxy never saw its request: until Python
+def connect(uri: str, **options: Any) -> ClientConnection:
+    """A client over TLS. It asks again when the proxy never saw its request: until Python
     3.13, TLS loses bytes where two threads use a connection, as this client's do, about once in 300 on a busy machine.
     """
     for _ in range(4):
         try:
-            plain = socket.create_connection((to, int(uri.split(":")[2].partition("/")[0])), timeout=5)
+            plain = socket.create_connection(("127.0.0.1", int(uri.split(":")[2].partition("/")[0])), timeout=5)
             return connect_once(uri, sock=plain, open_timeout=5, **options)
         except TimeoutError:
             plain.close()

@@ -133,11 +133,6 @@ def call_soon(server: PriceServer, function: Callable[[], Any]) -> None:
     server._loop.call_soon(function)
 
 
-def wait_for_calls(server: PriceServer, number: int) -> None:
-    """Return when so many functions wait for a server thread that is busy."""
-    wait_for(lambda: len(server._loop._calls) == number, what=f"{number} functions waiting")
-
-
 def pass_time(server: PriceServer, seconds: float) -> None:
     """Let this time pass at once, and return when the housekeeping and the heartbeats that fell due are done."""
     clock = server._loop.clock
