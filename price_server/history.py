@@ -123,14 +123,12 @@ class History:
         now = self._now()
         return [points.span._asdict() | {"since": points.since(now)} for points in self._ranges.values()]
 
-    def json_pieces(self, range_name: str, assets: Iterable[str]) -> list[bytes]:
-        """{"BTC":[[epoch_seconds,price],...],...} in pieces, which responses share until a point changes.
+    def to_json(self, range_name: str, assets: tuple[str, ...]) -> bytes:
+        """{"BTC":[[epoch_seconds,price],...],...}; many responses share it, until a point changes.
 
         Raises KeyError for an unknown range or asset.
         """
-        now, points = self._now(), self._ranges[range_name]
-        pieces = [piece for asset in assets for piece in (b",", points.member(asset, now))]
-        return [b"{", *pieces[1:], b"}"]
+        return self._ranges[range_name].to_json(assets, self._now())
 
     def csv(self, range_name: str, assets: Iterable[str]) -> Iterator[bytes]:
         """The same as lines like 2026-11-24T12:00:00.413Z,BTC,45000.0; each asset's are made when they are taken."""
@@ -150,7 +148,8 @@ class _RangePoints:
         self.span = span
         self._series = {asset: _Series(span) for asset in assets}
         self._sorted: dict[str, bytes] = {}  # points in the order of time, of series that did not arrive so
-        self._members: dict[str, tuple[slice, bytes]] = {}  # which part of the text was shown, and its JSON
+        self._json: tuple[tuple[str, ...], bytes] = ((), b"{}")  # the assets last asked for, and the text
+        self._json_valid = (math.inf, -math.inf)  # from and until when that is what is shown
         self._since: tuple[float, float] | None = None  # when `since` was last asked, and what it was
 
     def add(self, number: int, points: dict[str, bytes]) -> list[Forgotten]:
@@ -171,7 +170,7 @@ class _RangePoints:
 
     def _clear_shown(self) -> None:
         self._sorted.clear()
-        self._members.clear()
+        self._json_valid = (math.inf, -math.inf)
         self._since = None
 
     def since(self, now: float) -> float | None:
@@ -182,14 +181,20 @@ class _RangePoints:
         self._since = None if since is None else (now, since)
         return since
 
-    def member(self, asset: str, now: float) -> bytes:
-        """The asset's member of the JSON object."""
-        part = self._find_shown(asset, now)
-        if asset in self._members and self._members[asset][0] == part:
-            return self._members[asset][1]
-        member = b"".join((json.dumps(asset).encode(), b":[", self._text(asset)[part], b"]"))
-        self._members[asset] = part, member
-        return member
+    def to_json(self, assets: tuple[str, ...], now: float) -> bytes:
+        begin, end = self._json_valid
+        if self._json[0] == assets and begin <= now < end:
+            return self._json[1]
+        members, end = [], math.inf
+        for asset in assets:
+            text, part = self._text(asset), self._find_shown(asset, now)
+            members.append(b"".join((json.dumps(asset).encode(), b":[", text[part], b"]")))
+            if part.start < part.stop:  # until its first point leaves the range
+                end = min(end, _time(text, part.start) + self.span.seconds)
+            if part.stop < len(text):  # and one that is ahead of the clock comes into it
+                end = min(end, _time(text, text.index(b"[", part.stop)))
+        self._json, self._json_valid = (assets, b"{%b}" % b",".join(members)), (now, end)
+        return self._json[1]
 
     def shown(self, asset: str, now: float) -> Text:
         return self._text(asset)[self._find_shown(asset, now)]
@@ -199,7 +204,7 @@ class _RangePoints:
         text = self._text(asset)
         begin = _find_later(text, now - self.span.seconds)
         if begin >= len(text):
-            return slice(0, 0)
+            return slice(len(text), len(text))
         end = len(text) if _time(text, text.rindex(b"[")) <= now else _find_later(text, now) - 1
         return slice(begin, max(begin, end))
 

@@ -30,7 +30,7 @@ class Past(History):
         return self.add(dict.fromkeys(assets or ("BTC", "ETH"), price), self.now)
 
     def text(self, name: str = "1h", *assets: str) -> str:
-        return b"".join(self.json_pieces(name, assets or ("BTC", "ETH"))).decode()
+        return self.to_json(name, assets or ("BTC", "ETH")).decode()
 
     def points(self, name: str = "1h", asset: str = "BTC") -> list[list[float]]:
         return json.loads(self.text(name, asset))[asset]
@@ -150,26 +150,29 @@ def test_a_response_has_the_assets_that_were_asked_for_in_that_order() -> None:
     past.poll("1", "BTC")
     assert past.text("1h", "ETH", "BTC") == '{"ETH":[],"BTC":[[1800000000.000,1]]}'
     assert past.text("1h", "ETH") == '{"ETH":[]}'
-    assert b"".join(past.json_pieces("1h", [])) == b"{}"
+    assert past.to_json("1h", ()) == b"{}"
     with pytest.raises(KeyError):
-        past.json_pieces("2h", ["BTC"])
+        past.to_json("2h", ("BTC",))
     with pytest.raises(KeyError):
-        past.json_pieces("1h", ["DOGE"])
+        past.to_json("1h", ("DOGE",))
 
 
-def test_responses_share_one_piece_per_asset_until_a_point_comes_or_grows_too_old() -> None:
+def test_responses_share_one_text_until_a_point_comes_or_grows_too_old() -> None:
     past = Past()
     past.poll("1", at=NOON)
     past.poll("2", at=NOON + 10)
-    first, again = past.json_pieces("1h", ["BTC", "ETH"]), past.json_pieces("1h", ["ETH"])
-    assert again[1] is first[3]
-    past.now = NOON + 3599.9
-    assert past.json_pieces("1h", ["ETH"])[1] is first[3]
+    first = past.to_json("1h", ("BTC", "ETH"))
+    for past.now in (NOON + 10, NOON + 3599.9):
+        assert past.to_json("1h", ("BTC", "ETH")) is first
     past.now = NOON + 3600
     assert past.points() == [[NOON + 10, 2]]
     past.now = NOON + 10
     past.poll("3")
     assert past.points() == [[NOON, 1], [NOON + 10, 3]]
+    past.now = NOON + 5
+    assert past.points() == [[NOON, 1]]
+    for past.now, points in ((NOON + 9.999, 1), (NOON + 10, 2), (NOON + 9.999, 1)):
+        assert len(past.points()) == points
 
 
 def test_two_ranges_with_the_same_step_or_name_are_refused_at_the_start() -> None:
