@@ -123,8 +123,8 @@ class History:
         now = self._now()
         return [points.span._asdict() | {"since": points.since(now)} for points in self._ranges.values()]
 
-    def to_json(self, range_name: str, assets: tuple[str, ...]) -> bytes:
-        """{"BTC":[[epoch_seconds,price],...],...}; many responses share it, until a point changes.
+    def to_json(self, range_name: str, assets: tuple[str, ...]) -> list[bytes]:
+        """{"BTC":[[epoch_seconds,price],...],...} in pieces, which responses share until a point changes.
 
         Raises KeyError for an unknown range or asset.
         """
@@ -147,9 +147,11 @@ class _RangePoints:
     def __init__(self, span: Range, assets: Iterable[str]):
         self.span = span
         self._series = {asset: _Series(span) for asset in assets}
+        self._assets = tuple(self._series)
         self._sorted: dict[str, bytes] = {}  # points in the order of time, of series that did not arrive so
-        self._json: tuple[tuple[str, ...], bytes] = ((), b"{}")  # the assets last asked for, and the text
-        self._json_valid = (math.inf, -math.inf)  # from and until when that is what is shown
+        self._whole = b""  # the JSON of all assets, in one piece because most ask for that; b"" when it is not made
+        self._members: dict[str, bytes] = {}  # of that JSON: those of assets that were asked for with others
+        self._valid = (math.inf, -math.inf)  # from and until when these are what is shown
         self._since: tuple[float, float] | None = None  # when `since` was last asked, and what it was
 
     def add(self, number: int, points: dict[str, bytes]) -> list[Forgotten]:
@@ -170,7 +172,7 @@ class _RangePoints:
 
     def _clear_shown(self) -> None:
         self._sorted.clear()
-        self._json_valid = (math.inf, -math.inf)
+        self._valid = (math.inf, -math.inf)
         self._since = None
 
     def since(self, now: float) -> float | None:
@@ -181,20 +183,28 @@ class _RangePoints:
         self._since = None if since is None else (now, since)
         return since
 
-    def to_json(self, assets: tuple[str, ...], now: float) -> bytes:
-        begin, end = self._json_valid
-        if self._json[0] == assets and begin <= now < end:
-            return self._json[1]
-        members, end = [], math.inf
+    def to_json(self, assets: tuple[str, ...], now: float) -> list[bytes]:
+        if not self._valid[0] <= now < self._valid[1]:
+            self._whole, self._members, self._valid = b"", {}, (now, math.inf)
+        if assets == self._assets:
+            self._whole = self._whole or b"{%b}" % b",".join([self._make_member(asset, now) for asset in assets])
+            return [self._whole]
         for asset in assets:
-            text, part = self._text(asset), self._find_shown(asset, now)
-            members.append(b"".join((json.dumps(asset).encode(), b":[", text[part], b"]")))
-            if part.start < part.stop:  # until its first point leaves the range
-                end = min(end, _time(text, part.start) + self.span.seconds)
-            if part.stop < len(text):  # and one that is ahead of the clock comes into it
-                end = min(end, _time(text, text.index(b"[", part.stop)))
-        self._json, self._json_valid = (assets, b"{%b}" % b",".join(members)), (now, end)
-        return self._json[1]
+            if asset not in self._members:
+                self._members[asset] = self._make_member(asset, now)
+        pieces = [piece for asset in assets for piece in (b",", self._members[asset])]
+        return [b"{", *pieces[1:], b"}"]
+
+    def _make_member(self, asset: str, now: float) -> bytes:
+        """The asset's member of the JSON object; lowers the time until when it is valid."""
+        text, part = self._text(asset), self._find_shown(asset, now)
+        begin, end = self._valid
+        if part.start < part.stop:  # until its first point leaves the range
+            end = min(end, _time(text, part.start) + self.span.seconds)
+        if part.stop < len(text):  # and one that is ahead of the clock comes into it
+            end = min(end, _time(text, text.index(b"[", part.stop)))
+        self._valid = begin, end
+        return b"".join((json.dumps(asset).encode(), b":[", text[part], b"]"))
 
     def shown(self, asset: str, now: float) -> Text:
         return self._text(asset)[self._find_shown(asset, now)]

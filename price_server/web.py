@@ -262,7 +262,7 @@ class Site:
         assets = self._requested_assets(request)
         match (request.query_values("format") or ["json"])[-1]:
             case "json":
-                return self._send(request, self.history.to_json(range_name, assets))
+                return self._send(request, *self.history.to_json(range_name, assets))
             case "csv":
                 name = f"prices-{range_name}-{self.status.quote}.csv"
                 headers = {"Content-Type": CSV, "Content-Disposition": f'attachment; filename="{name}"'}
@@ -321,12 +321,12 @@ class Site:
     # HTTP
 
     def _send(
-        self, request: Request, body: bytes, status: int = 200, headers: dict[str, str] | None = None
+        self, request: Request, *body: bytes, status: int = 200, headers: dict[str, str] | None = None
     ) -> Response:
         """A response of known length, JSON unless a header says otherwise; HEAD gets the same without its body."""
-        fields = {"Content-Type": JSON, "Content-Length": str(len(body))}
+        fields = {"Content-Type": JSON, "Content-Length": str(sum(map(len, body)))}
         head = self._head(request, status, fields | (headers or {}))
-        return Response(head, [] if request.method == "HEAD" else [body], status)
+        return Response(head, [] if request.method == "HEAD" else list(body), status)
 
     def _head(self, request: Request, status: int, headers: dict[str, str]) -> bytes:
         """headers: those that not every response has; more are added to them."""

@@ -22,8 +22,8 @@ AT = "2026-11-22T07:44:05.1234567Z"
 class Past(History):
     """A history that answers with what it was asked."""
 
-    def to_json(self, range_name: str, assets: tuple[str, ...]) -> bytes:
-        return json.dumps({range_name: assets}, separators=(", ", ":")).encode()
+    def to_json(self, range_name: str, assets: tuple[str, ...]) -> list[bytes]:
+        return [json.dumps({range_name: assets}, separators=(", ", ":")).encode()]
 
     def csv(self, range_name: str, assets: Iterable[str]) -> Iterator[bytes]:
         yield b"time,asset_id,price\n"
