@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ class Selenium:
         self.get, self.execute_script, self.back = driver.get, driver.execute_script, driver.back
 
     def set_size(self, width: int, height: int) -> None:
+        with suppress(AssertionError):  # once more below, because WebKit loses a change of its window now and then
+            self._set_size(width, height, seconds=5)
+            return
+        self._set_size(width, height, seconds=30)
+
+    def _set_size(self, width: int, height: int, seconds: float) -> None:
         if isinstance(self.driver, Chrome):
             size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
             self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -36,7 +42,7 @@ class Selenium:
             self.driver.set_window_size(width, height)
             bars = height - self.execute_script("return innerHeight")
             self.driver.set_window_size(width, height + bars)
-        wait_for(lambda: self.execute_script("return [innerWidth, innerHeight]") == [width, height])
+        wait_for(lambda: self.execute_script("return [innerWidth, innerHeight]") == [width, height], seconds)
 
     def press(self, *keys: str) -> None:
         ActionChains(self.driver, 0).send_keys(*keys).perform()

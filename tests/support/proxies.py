@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 from running import ROOT, outside, wait_for
+from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as connect_once
 
@@ -64,7 +65,7 @@ def connect(uri: str, **options: Any) -> ClientConnection:
         try:
             plain = socket.create_connection(("127.0.0.1", int(uri.split(":")[2].partition("/")[0])), timeout=5)
             return connect_once(uri, sock=plain, open_timeout=5, **options)
-        except TimeoutError:
+        except (TimeoutError, ConnectionClosedError):
             plain.close()
     raise TimeoutError(f"no answer to four requests: {uri}")
 
