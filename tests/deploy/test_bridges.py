@@ -139,11 +139,7 @@ def running(name: str, tracker: Tracker, **environment: object) -> Iterator[subp
     ],
 )
 def test_no_old_price_is_sent_after_an_outage_of_the_broker_and_the_bridge_comes_back(
-    tmp_path: Path,
-    name: str,
-    make_broker: Callable[[Path, int], Broker],
-    subscriber: Callable[..., Any],
-    setting: str,
+    tmp_path: Path, name: str, make_broker: Callable[[Path, int], Broker], subscriber: Callable[..., Any], setting: str
 ) -> None:
     port, received = free_port(), Received()
     url = {setting: f"{setting[:4].lower()}://127.0.0.1:{port}"}

@@ -412,11 +412,7 @@ def test_nothing_scrolls_sideways_however_large_the_text(page: Page, start_serve
     server = start_server((*ASSETS, LONG_ID, "PEPE", "HUGE", "OLD"))
     record(server, DAY, 300)
     late = PriceUpdate("OLD", 1.0, time_of(server, -25 * 3600))
-    prices(
-        server,
-        123456.0,
-        **{LONG_ID: 1.23456e-5, "PEPE": 0.00000123, "HUGE": 124591970537.0},
-    )
+    prices(server, 123456.0, **{LONG_ID: 1.23456e-5, "PEPE": 0.00000123, "HUGE": 124591970537.0})
     server.publish([late])
     page.resize(width)
     page.visit(server.port)

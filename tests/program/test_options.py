@@ -105,9 +105,7 @@ def test_the_defaults_are_ten_assets_in_usd_every_5_s_on_port_3030() -> None:
     assert (options.history, options.once, options.pause_when_idle, options.allow_origin) == (None, False, False, [])
 
 
-def test_help_names_the_environment_every_range_and_every_exit_status(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_help_names_the_environment_every_range_and_every_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_arguments(["--help"])
     assert stop.value.code == 0

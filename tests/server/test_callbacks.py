@@ -7,15 +7,7 @@ from typing import Any
 import pytest
 from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, get, honest, prices, request, visit
 from raw import reset as hang_up
-from rigged import (
-    Blocked,
-    RiggedServer,
-    call,
-    call_soon,
-    dropped,
-    gone,
-    wait_for_value,
-)
+from rigged import Blocked, RiggedServer, call, call_soon, dropped, gone, wait_for_value
 from running import ASSETS, wait_for
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 

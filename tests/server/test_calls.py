@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request, visit
-from rigged import (
-    Blocked,
-    RiggedServer,
-    Socket,
-    call,
-    call_soon,
-    dropped,
-    in_thread,
-    narrow,
-    pass_time,
-    wait_for_value,
-)
+from rigged import Blocked, RiggedServer, Socket, call, call_soon, dropped, in_thread, narrow, pass_time, wait_for_value
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate
