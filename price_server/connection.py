@@ -23,7 +23,7 @@ REQUEST_TIMEOUT = 10.0  # seconds for a whole request, dribbled or not
 SLOW_CLIENT_TIMEOUT = 30.0  # seconds from when a client falls behind until it has caught up
 MESSAGE_TIMEOUT = 30.0  # seconds for a message to be complete
 DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response,
-DOWNLOAD_RATE = 8 << 10  # and one second more for so many bytes of it
+DOWNLOAD_RATE = 8 << 10  # and one second more for each 8 KiB of it
 LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer hangs up
 CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it hangs up
 SHARED_SIZE = 4 << 10  # bytes; from this size on, a piece that several connections hold is counted once
@@ -146,7 +146,7 @@ class Connection:
     # What the peer gets
 
     def become_client(self, feed: Feed, assets: tuple[str, ...], head: bytes) -> None:
-        """Its request was accepted: have the response's head sent, then the last known price of each asset."""
+        """Its request was accepted: have the response's head sent, then the latest price of each asset."""
         self._change_state(State.CLIENT)
         self.feed, self.assets, self._deadline = feed, assets, 0.0
         self._open_outbox().enqueue(head)

@@ -281,7 +281,7 @@ class Site:
         except ValueError as error:
             raise HttpError(400, str(error), refused) from None
 
-    # The page, and pages of other servers
+    # The page, and requests from pages of other servers
 
     def _page(self, request: Request) -> Response:
         file = self.pages.find(request.path, ",".join(request.tokens("accept-encoding")))
@@ -329,7 +329,7 @@ class Site:
         return Response(head, [] if request.method == "HEAD" else list(body), status)
 
     def _head(self, request: Request, status: int, headers: dict[str, str]) -> bytes:
-        """headers: those that not every response has; more are added to them."""
+        """headers: those of this response; what every response has is added."""
         if not self.origins.is_restricted:
             headers["Access-Control-Allow-Origin"] = "*"
         else:

@@ -4,7 +4,7 @@ import { ASLEEP, ask, backoff, followServer, hasSlept, now, openLine, steady } f
 
 const TIMEOUT = 20;  // seconds for /healthz, and for the feed to open without it
 const OPENING = 5;  // for one way to open, and for its first price
-const CHECK = 15;  // between two looks while no prices come
+const CHECK = 15;  // between two requests while no prices come
 const SOCKET_AGAIN = 300;  // until WebSocket is tried again
 
 export class Feed {

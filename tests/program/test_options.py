@@ -112,5 +112,5 @@ def test_help_names_the_environment_every_range_and_every_exit_status(capsys: py
     said = " ".join(capsys.readouterr().out.split())
     for part in ("COIN_API_KEY", "COIN_API_URL", "0.1 to 86,400", "0 to 65,535", "1 to 1,000,000", "https://rest.coin"):
         assert part in said
-    for status in ("0 stopped by a signal", "1 could not start", "2 a person must act"):
+    for status in ("0 stopped by a signal", "1 could not start", "2 something must be changed first"):
         assert status in said
