@@ -123,12 +123,12 @@ class History:
         now = self._now()
         return [points.span._asdict() | {"since": points.since(now)} for points in self._ranges.values()]
 
-    def to_json(self, range_name: str, assets: tuple[str, ...]) -> list[bytes]:
+    def json_pieces(self, range_name: str, assets: tuple[str, ...]) -> list[bytes]:
         """{"BTC":[[epoch_seconds,price],...],...} in pieces, which responses share until a point changes.
 
         Raises KeyError for an unknown range or asset.
         """
-        return self._ranges[range_name].to_json(assets, self._now())
+        return self._ranges[range_name].json_pieces(assets, self._now())
 
     def csv(self, range_name: str, assets: Iterable[str]) -> Iterator[bytes]:
         """The same as lines like 2026-11-24T12:00:00.413Z,BTC,45000.0; each asset's are made when they are taken."""
@@ -183,7 +183,7 @@ class _RangePoints:
         self._since = None if since is None else (now, since)
         return since
 
-    def to_json(self, assets: tuple[str, ...], now: float) -> list[bytes]:
+    def json_pieces(self, assets: tuple[str, ...], now: float) -> list[bytes]:
         if not self._valid[0] <= now < self._valid[1]:
             self._whole, self._members, self._valid = b"", {}, (now, math.inf)
         if assets == self._assets:

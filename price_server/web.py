@@ -262,7 +262,7 @@ class Site:
         assets = self._requested_assets(request)
         match (request.query_values("format") or ["json"])[-1]:
             case "json":
-                return self._send(request, *self.history.to_json(range_name, assets))
+                return self._send(request, *self.history.json_pieces(range_name, assets))
             case "csv":
                 name = f"prices-{range_name}-{self.status.quote}.csv"
                 headers = {"Content-Type": CSV, "Content-Disposition": f'attachment; filename="{name}"'}

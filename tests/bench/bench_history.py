@@ -80,8 +80,8 @@ def measure(past: History, clock: Clock, assets: tuple[str, ...], rounds: int) -
         prices = {asset: repr(made_up.uniform(0.1, 100_000)) for asset in assets}
         timed("a poll, added", partial(past.add, prices, clock.now))
         for span in RANGES:
-            timed(f"{span.name}, after a poll", partial(past.to_json, span.name, assets))
-            timed("the same again", partial(past.to_json, span.name, assets))
+            timed(f"{span.name}, after a poll", partial(past.json_pieces, span.name, assets))
+            timed("the same again", partial(past.json_pieces, span.name, assets))
         timed("the ranges for /healthz", past.describe)
     return times
 

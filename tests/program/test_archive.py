@@ -59,7 +59,7 @@ class Past(Archive):
 
     def text(self, name: str = "1h") -> str:
         with self.owner:
-            return b"".join(self.history.to_json(name, self.assets)).decode()
+            return b"".join(self.history.json_pieces(name, self.assets)).decode()
 
     def points(self, name: str = "1h", asset: str = "BTC") -> list[list[float]]:
         return json.loads(self.text(name))[asset]

@@ -22,7 +22,7 @@ AT = "2026-11-22T07:44:05.1234567Z"
 class Past(History):
     """A history that answers with what it was asked."""
 
-    def to_json(self, range_name: str, assets: tuple[str, ...]) -> list[bytes]:
+    def json_pieces(self, range_name: str, assets: tuple[str, ...]) -> list[bytes]:
         return [json.dumps({range_name: assets}, separators=(", ", ":")).encode()]
 
     def csv(self, range_name: str, assets: Iterable[str]) -> Iterator[bytes]:

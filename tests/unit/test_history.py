@@ -30,7 +30,7 @@ class Past(History):
         return self.add(dict.fromkeys(assets or ("BTC", "ETH"), price), self.now)
 
     def text(self, name: str = "1h", *assets: str) -> str:
-        return b"".join(self.to_json(name, assets or ("BTC", "ETH"))).decode()
+        return b"".join(self.json_pieces(name, assets or ("BTC", "ETH"))).decode()
 
     def points(self, name: str = "1h", asset: str = "BTC") -> list[list[float]]:
         return json.loads(self.text(name, asset))[asset]
@@ -150,21 +150,21 @@ def test_a_response_has_the_assets_that_were_asked_for_in_that_order() -> None:
     past.poll("1", "BTC")
     assert past.text("1h", "ETH", "BTC") == '{"ETH":[],"BTC":[[1800000000.000,1]]}'
     assert past.text("1h", "ETH") == '{"ETH":[]}'
-    assert b"".join(past.to_json("1h", ())) == b"{}"
+    assert b"".join(past.json_pieces("1h", ())) == b"{}"
     with pytest.raises(KeyError):
-        past.to_json("2h", ("BTC",))
+        past.json_pieces("2h", ("BTC",))
     with pytest.raises(KeyError):
-        past.to_json("1h", ("DOGE",))
+        past.json_pieces("1h", ("DOGE",))
 
 
 def test_responses_share_their_pieces_until_a_point_comes_or_grows_too_old() -> None:
     past = Past()
     past.poll("1", at=NOON)
     past.poll("2", at=NOON + 10)
-    (whole,), (_, member, _) = past.to_json("1h", ("BTC", "ETH")), past.to_json("1h", ("ETH",))
+    (whole,), (_, member, _) = past.json_pieces("1h", ("BTC", "ETH")), past.json_pieces("1h", ("ETH",))
     for past.now in (NOON + 10, NOON + 3599.9):
-        assert past.to_json("1h", ("BTC", "ETH"))[0] is whole
-        assert past.to_json("1h", ("ETH",))[1] is past.to_json("1h", ("ETH", "BTC"))[1] is member
+        assert past.json_pieces("1h", ("BTC", "ETH"))[0] is whole
+        assert past.json_pieces("1h", ("ETH",))[1] is past.json_pieces("1h", ("ETH", "BTC"))[1] is member
     past.now = NOON + 3600
     assert past.points() == [[NOON + 10, 2]]
     past.now = NOON + 10
