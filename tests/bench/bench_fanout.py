@@ -29,14 +29,12 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -48,6 +46,9 @@ from bench_sides import BEFORE, ENVIRONMENT, FLOOR, IN_FLIGHT, SIDES, THIS, WS, 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from child import Child, Trouble  # noqa: E402
+
 TIME = "2021-10-20T21:34:13.0000000Z"  # the stand-in's, so that a tracker sends the same bytes
 CHUNKS = 4  # parts in which the clients are connected, the sides taking turns
 CONNECT_TIMEOUT = 30.0  # seconds for one part, and for a round: those of the readers
@@ -98,61 +99,12 @@ def compile_programs(directory: str) -> dict[str, str]:
     return programs
 
 
-class Trouble(Exception):
-    """A child failed; the text says how."""
-
-
-class Child:
-    """A process that answers each line on its stdin with a line of JSON."""
-
-    def __init__(self, stack: ExitStack, *command: str):
-        self.errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115
-        self.process = stack.enter_context(
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=ENVIRONMENT
-            )
-        )
-        stack.callback(self.process.kill)
-        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout
-        try:
-            for line in self.process.stdout:
-                self.lines.put(line)
-        except ValueError:
-            pass  # the run is over, and closed it
-        self.lines.put("")
-
-    def ask(self, line: str, seconds: float = ROUND_TIMEOUT + 10) -> dict[str, Any]:
-        assert self.process.stdin
-        try:
-            print(line, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it ended: `hear` says so
-        return self.hear(seconds)
-
-    def hear(self, seconds: float = ROUND_TIMEOUT + 10) -> dict[str, Any]:
-        try:
-            answer = json.loads(self.lines.get(timeout=seconds) or '{"error": "it ended"}')
-        except queue.Empty:
-            answer = {"error": f"no answer within {seconds:g} s"}
-        if "error" in answer:
-            raise Trouble(answer["error"])
-        return dict(answer)
-
-    def last_error(self) -> str:
-        """The last line that it wrote on stderr."""
-        self.errors.seek(0)
-        return next((line for line in reversed(self.errors.read().splitlines()) if line.strip("- ")), "")
-
-
 class Crowd(Child):
     """The reader process with the clients of one server."""
 
     def __init__(self, stack: ExitStack, setup: Setup, in_flight: int, port: int = 0):
-        super().__init__(stack, setup.compiled["crowd"])
+        super().__init__(setup.compiled["crowd"])
+        stack.enter_context(self)
         self.setup = setup
         self.in_flight = in_flight
         self.port = port
@@ -179,7 +131,7 @@ class Contender:
 
     def __init__(self, stack: ExitStack, side: Side, setup: Setup):
         self.name = side.name
-        self.server = Child(stack, *setup.server_command(side))
+        self.server = stack.enter_context(Child(*setup.server_command(side), **ENVIRONMENT))
         self.crowd = Crowd(stack, setup, side.in_flight)
         self.memory = 0.0  # bytes per client
         self.threads = 0  # more than without clients

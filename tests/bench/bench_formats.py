@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from bench_sides import raise_file_limit
+from child import Clients
 from raw import get, request, visit
 from running import ASSETS
-from swarm import Swarm
 
 from coin_api import PriceUpdate
 from price_server import PriceServer, connection, hub
@@ -54,8 +54,8 @@ def read(what: str, port: int, clients: int, reads: int) -> None:
 def connect(stack: ExitStack, server: PriceServer, clients: int, what: str, reads: bool = True) -> float:
     """Bytes of process memory that a client of this kind takes."""
     before = psutil.Process().memory_info().rss
-    swarm = stack.enter_context(Swarm(__file__, what, server.port, clients, int(reads)))
-    assert swarm.hear() == "open"
+    readers = stack.enter_context(Clients(__file__, what, server.port, clients, int(reads)))
+    assert readers.hear() == "open"
     return (psutil.Process().memory_info().rss - before) / clients
 
 

@@ -29,11 +29,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from bench_sides import raise_file_limit
+from child import Clients
 from feed import Feed, Lateness
 from running import Tracker, wait_for
 from soak_source import LONG, SHORT, SLOW_TROUBLES, WITHOUT_DOT, Source
 from stand_in import KEY
-from swarm import Swarm
 
 INTERVAL = 0.1  # seconds
 MOST_THREADS = 4  # main, poller, server, log: at any number of clients
@@ -80,7 +80,7 @@ class Run(Promises):
         with Source() as source, Tracker("--interval", f"{INTERVAL}", COIN_API_KEY=KEY, COIN_API_URL=source.url) as t:
             wait_for(lambda: source.good > 3)
             before = t.usage()
-            with Swarm(CLIENTS, "soak", t.port, self.clients, self.seconds) as crowd:
+            with Clients(CLIENTS, "soak", t.port, self.clients, self.seconds) as crowd:
                 crowd.hear()  # all have connected
                 self.make_trouble(source, t)
                 source.fail("the end", 1 << 30)
@@ -198,7 +198,7 @@ class Storm(Promises):
         """Print a line of figures; the tracker's memory when these clients are gone."""
         began = time.monotonic()
         samples = [feed.usage]
-        with Lateness() as lateness, Swarm(CLIENTS, "storm", feed.tracker.port, *numbers) as clients:
+        with Lateness() as lateness, Clients(CLIENTS, "storm", feed.tracker.port, *numbers) as clients:
             clients.hear()  # all have connected
             connected = time.monotonic()
             while time.monotonic() < connected + self.seconds:

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from bench_fanout import Crowd, Setup, Trouble, compile_programs
+from bench_fanout import Crowd, Setup, compile_programs
 from bench_sides import BEFORE, FLOOR, SIDES, installed
+from child import Trouble
 from running import ROOT, outside
 
 BENCH = Path(__file__).with_name("bench_fanout.py")

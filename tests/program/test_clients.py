@@ -23,10 +23,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from child import Clients
 from feed import Feed, Lateness
 from raw import request, reset, visit
 from running import Tracker, wait_for
-from swarm import Swarm
 
 UPGRADE = request()
 GOODBYE = b"\x88\x14\x03\xe9server is stopping"  # close frame, 1001
@@ -237,12 +237,12 @@ def clients_at(tracker: Tracker) -> int:
 def longest_wait_beside(feed: Feed, kind: Callable[..., None]) -> float:
     """The longest time between two polls at the honest client, in seconds; the bad ones have left then."""
     began = time.monotonic()
-    with Swarm(__file__, kind.__name__, feed.tracker.port) as swarm:
+    with Clients(__file__, kind.__name__, feed.tracker.port) as clients:
         if kind is leave_together:
-            assert swarm.hear() == "ready"
-            swarm.end()
+            assert clients.hear() == "ready"
+            clients.end()
         else:
-            assert swarm.process.wait(30) == 0
+            assert clients.process.wait(30) == 0
     wait_for(lambda: clients_at(feed.tracker) == 1, what="no bad client left over")
     wait_for(feed.is_as_before, what="threads and files back")
     feed.wait_for_polls(1)
@@ -373,12 +373,12 @@ def stopping() -> Iterator[Callable[[Tracker], float]]:
 
 
 def test_8000_clients_get_close_1001_within_two_seconds_of_a_signal() -> None:
-    with Tracker("--demo") as tracker, Swarm(__file__, "hold", tracker.port, 8_000) as swarm, stopping() as stop:
+    with Tracker("--demo") as tracker, Clients(__file__, "hold", tracker.port, 8_000) as clients, stopping() as stop:
         wait_for_prices(tracker)
         threads = tracker.usage()[0]
-        assert swarm.hear() == "ready"
+        assert clients.hear() == "ready"
         assert tracker.usage()[0] <= threads, "a thread per client"
-        took, ends = stop(tracker), swarm.hear()
+        took, ends = stop(tracker), clients.hear()
         # After 2 s it exits, even if this machine was too busy for it to reach all of them.
         assert ends == {"close 1001": 8_000} or (took > 2.0 and sum(ends.values()) == 8_000)
 
@@ -386,8 +386,8 @@ def test_8000_clients_get_close_1001_within_two_seconds_of_a_signal() -> None:
 def test_clients_that_are_frozen_stuck_or_silent_do_not_hold_up_a_stop() -> None:
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker("--demo"))
-        bad = stack.enter_context(Swarm(__file__, "be_stuck_and_silent", tracker.port))
-        good = stack.enter_context(Swarm(__file__, "hold", tracker.port, 1_000))
+        bad = stack.enter_context(Clients(__file__, "be_stuck_and_silent", tracker.port))
+        good = stack.enter_context(Clients(__file__, "hold", tracker.port, 1_000))
         stop = stack.enter_context(stopping())
         wait_for_prices(tracker)
         assert bad.hear() == "ready"
@@ -398,9 +398,9 @@ def test_clients_that_are_frozen_stuck_or_silent_do_not_hold_up_a_stop() -> None
 
 
 def test_a_stop_during_a_handshake_storm_takes_no_longer() -> None:
-    with Tracker("--demo") as tracker, Swarm(__file__, "storm", tracker.port) as swarm, stopping() as stop:
+    with Tracker("--demo") as tracker, Clients(__file__, "storm", tracker.port) as clients, stopping() as stop:
         wait_for_prices(tracker)
-        assert swarm.hear() == "ready"
+        assert clients.hear() == "ready"
         wait_for(lambda: tracker.usage()[1] > 300, what="the storm")
         stop(tracker)
 
