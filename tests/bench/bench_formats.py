@@ -60,7 +60,7 @@ def connect(stack: ExitStack, server: PriceServer, clients: int, what: str, read
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What do event-stream clients cost?")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--clients", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -91,13 +91,9 @@ def show_polls(name: str, alone: PriceServer, mixed: PriceServer, updates: list[
             server.publish(updates)
             times.append(time.monotonic() - began)
             time.sleep(PAUSE)
-    first, second = seconds[alone], seconds[mixed]
-    ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
-    print(
-        f"WebSocket alone {statistics.median(first) * 1000:.1f} ms, {name} {statistics.median(second) * 1000:.1f} ms:",
-        end=" ",
-    )
-    print(f"{ratio:.2f} times")
+    ratio = statistics.median(b / a for a, b in zip(seconds[alone], seconds[mixed], strict=True))
+    first, second = (statistics.median(times) * 1000 for times in seconds.values())
+    print(f"WebSocket alone {first:.1f} ms, {name} {second:.1f} ms: {ratio:.2f} times")
 
 
 if __name__ == "__main__":

@@ -121,12 +121,8 @@ class Run(Promises):
         warmed_up, at_the_end = (
             [statistics.median(each) for each in zip(*part, strict=True)] for part in (early, late)
         )
-        rows = {
-            "before any client": before,
-            f"after {warm:.0f} s": warmed_up,
-            f"after {self.seconds} s": at_the_end,
-            "clients gone": after,
-        }
+        rows = {"before any client": before, f"after {warm:.0f} s": warmed_up}
+        rows |= {f"after {self.seconds} s": at_the_end, "clients gone": after}
         print(f"{'':20}{'threads':>10}{'files':>10}{'memory':>12}")
         for name, (threads, files, memory, _) in rows.items():
             print(f"{name:20}{threads:>10.0f}{files:>10.0f}{memory / (1 << 20):>8.1f} MiB")
@@ -209,9 +205,8 @@ class Storm(Promises):
         feed.wait_for_polls(1)
         waited, after = feed.longest_wait(began), feed.tracker.usage()
         threads, files, memory, _ = zip(*samples, after, strict=True)
-        print(
-            f"{name}: longest wait {waited:.2f} s (the machine woke sleepers {lateness.longest:.2f} s late)", end=", "
-        )
+        late = f"the machine woke sleepers {lateness.longest:.2f} s late"
+        print(f"{name}: longest wait {waited:.2f} s ({late})", end=", ")
         print(f"threads {min(threads)}-{max(threads)}, files {max(files)} and then {after[1]}", end=", ")
         print(f"memory {max(memory) / (1 << 20):.1f} MiB and then {after[2] / (1 << 20):.1f} MiB", flush=True)
         print(f"  {', '.join(f'{number:,} {what}' for what, number in result['seen'].items())}", flush=True)
@@ -232,9 +227,9 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=0.7, help="seconds that an honest client may wait (default: 0.7)")
     options = parser.parse_args()
     raise_file_limit()
-    run = (
-        Storm(options.seconds, options.scale, options.wait) if options.storm else Run(options.minutes, options.clients)
-    )
+    run: Run | Storm = Run(options.minutes, options.clients)
+    if options.storm:
+        run = Storm(options.seconds, options.scale, options.wait)
     run.go()
     for line in run.wrong:
         print("WRONG", line)
