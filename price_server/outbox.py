@@ -18,7 +18,7 @@ class Outbox:
     messages (an argument of several methods): the current message of each asset, in the connection's format.
     """
 
-    __slots__ = ("_sent_of_first", "_uncounted", "_upcoming", "enqueued", "pieces", "size", "stale_assets")
+    __slots__ = ("_counted", "_sent_of_first", "_upcoming", "enqueued", "pieces", "size", "stale_assets")
 
     def __init__(self) -> None:
         self.pieces: deque[bytes] = deque()
@@ -27,19 +27,16 @@ class Outbox:
         self.stale_assets: tuple[str, ...] = ()
         self.size = 0  # bytes in pieces
         self.enqueued = 0  # bytes that were ever in pieces: a large download has more time
-        self._uncounted = 0  # bytes that `take_uncounted` has not returned
+        self._counted = 0  # bytes of these that `take_uncounted` has returned
 
     def __bool__(self) -> bool:
         return bool(self.pieces or self.stale_assets)
 
-    def enqueue(self, piece: bytes, already_sent: int = 0) -> None:
-        """Add a piece, of which the socket took `already_sent` bytes before anything else was pending."""
+    def enqueue(self, piece: bytes) -> None:
         if piece:
             self.pieces.append(piece)
-            self._sent_of_first = already_sent or self._sent_of_first
             self.size += len(piece)
             self.enqueued += len(piece)
-            self._uncounted += len(piece)
 
     def finish_with(self, pieces: Iterable[bytes]) -> None:
         """Add the last bytes: nothing follows them, and no stale price goes before them.
@@ -65,7 +62,7 @@ class Outbox:
         self.stale_assets = tuple(asset for asset in self.stale_assets if asset in followed)
 
     def split_unsent(self, assets: tuple[str, ...], sent: int, messages: Mapping[str, bytes]) -> int:
-        """The socket took `sent` bytes of the messages of `assets`; keep the rest.
+        """While no piece is pending: the socket took `sent` bytes of the messages of `assets`; keep the rest.
 
         The rest of the message that is partially sent must go out as it is; the assets after it are stale.
         Returns how many messages are begun.
@@ -74,7 +71,8 @@ class Outbox:
             message = messages[asset]
             if sent < len(message):
                 if sent:
-                    self.enqueue(message, already_sent=sent)
+                    self.enqueue(message)
+                    self._sent_of_first = sent
                 begun = index + (sent > 0)
                 self.stale_assets = assets[begun:]
                 return begun
@@ -114,7 +112,7 @@ class Outbox:
 
     def take_uncounted(self) -> int:
         """Bytes that were added to `pieces` since this was last asked."""
-        uncounted, self._uncounted = self._uncounted, 0
+        uncounted, self._counted = self.enqueued - self._counted, self.enqueued
         return uncounted
 
     def _take_upcoming(self) -> bool:

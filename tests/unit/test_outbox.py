@@ -51,7 +51,7 @@ def test_pieces_go_out_as_they_are_and_before_prices() -> None:
 
 def test_bytes_are_counted_while_they_wait_and_ever() -> None:
     outbox = Outbox()
-    outbox.enqueue(b"x" * 10, already_sent=4)
+    outbox.split_unsent(("BTC",), 4, {"BTC": b"x" * 10})
     outbox.enqueue(b"y" * 20)
     assert (outbox.size, outbox.enqueued, outbox.take_uncounted(), outbox.take_uncounted()) == (30, 30, 30, 0)
     assert outbox.data_to_send({}) == b"x" * 6 + b"y" * 20
