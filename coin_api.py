@@ -29,8 +29,8 @@ from urllib3.exceptions import ConnectTimeoutError
 
 DEFAULT_URL = "https://rest.coinapi.io"
 CONNECT_TIMEOUT = 3.0  # seconds
-ANSWER_TIMEOUT = 10.0  # seconds for status line, headers and body together
-MAX_ANSWER = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
+RESPONSE_TIMEOUT = 10.0  # seconds for status line, headers and body together
+MAX_RESPONSE = 1 << 20  # bytes, unpacked; ten rates are about 1 KiB
 MAX_RETRY_AFTER = 900.0  # seconds
 CAUSES = ("refused_key", "forbidden", "rate_limited", "server_error", "timeout", "connection", "bad_answer", "other")
 CAUSES_BY_STATUS = {401: "refused_key", 403: "forbidden", 429: "rate_limited"}
@@ -47,7 +47,7 @@ class PriceUpdate:
 
     asset_id: CoinAPI's id, like "BTC".
     price: in the quote currency. CoinAPI's `rate`: a volume-weighted average of the last 24 hours,
-        not the last trade. `price_server.prices.split_sound` says which prices are sound.
+        not the last trade. `price_server.prices.split_valid` says which prices are valid.
     time: when CoinAPI computed it, as CoinAPI wrote it: "2026-11-22T07:44:05.1234567Z".
     """
 
@@ -122,36 +122,37 @@ class CoinApi:
         """The current price of each asset, in the order asked for.
 
         Blocks for up to 10 s once the connection is made. Before that: 3 s for each of the host's addresses, and 3 s
-        each for TLS and for a proxy's answer.
+        each for TLS and for a proxy's response; looking up the host's name has no timeout here.
 
         An asset that CoinAPI leaves out is not in the list. A rate that is null, NaN or not a number is passed on as
-        it came. Raises CoinApiError, and nothing else, when there is no usable answer.
+        it came. Raises CoinApiError, and nothing else, when there is no usable response.
         """
         query = {"filter_asset_id": ",".join(asset_ids), "invert": "true"}
         try:
             # A redirect would carry the key to another host: requests drops only Authorization.
             with self._session.get(
-                self._url, params=query, timeout=(CONNECT_TIMEOUT, ANSWER_TIMEOUT), allow_redirects=False, stream=True
+                self._url, params=query, timeout=(CONNECT_TIMEOUT, RESPONSE_TIMEOUT), allow_redirects=False, stream=True
             ) as response:
                 self._read_credits(response)
                 body = _read_body(response)
         except CoinApiError:
             raise
         except Exception as error:  # requests lets some of urllib3's and OSError through
-            raise CoinApiError(f"no answer from CoinAPI: {self._clean(_reason(error))}", cause=_cause(error)) from None
+            reason = self._clean(_reason(error))
+            raise CoinApiError(f"no response from CoinAPI: {reason}", cause=_cause(error)) from None
         if response.status_code != 200:
             raise self._error_of(response, body)
         return self._parse(body, asset_ids)
 
     def _parse(self, body: bytes, asset_ids: Sequence[str]) -> list[PriceUpdate]:
         try:
-            # parse_int=float: one integer of thousands of digits becomes infinite, and does not cost the whole answer.
-            answer = json.loads(body, parse_int=float)
+            # parse_int=float: an integer of thousands of digits becomes infinite, and does not fail the whole response.
+            content = json.loads(body, parse_int=float)
         except (ValueError, RecursionError):
-            raise _bad_answer(f"CoinAPI's answer is not JSON: {self._clean(body) or '(empty)'}") from None
-        rates = answer.get("rates") if isinstance(answer, dict) else None
+            raise _bad_response(f"CoinAPI's response is not JSON: {self._clean(body) or '(empty)'}") from None
+        rates = content.get("rates") if isinstance(content, dict) else None
         if not isinstance(rates, list):
-            raise _bad_answer(f"CoinAPI's answer has no list of rates: {self._clean(body)}")
+            raise _bad_response(f"CoinAPI's response has no list of rates: {self._clean(body)}")
         position = {asset_id: number for number, asset_id in enumerate(asset_ids)}
         updates: list[PriceUpdate] = []
         for rate in rates:
@@ -159,7 +160,7 @@ class CoinApi:
                 case {"asset_id_quote": str(asset_id), "rate": price, "time": at} if asset_id in position:
                     updates.append(PriceUpdate(asset_id, price, at))
         if not updates:
-            raise _bad_answer(f"CoinAPI's answer has no price for {', '.join(asset_ids)}: {self._clean(body)}")
+            raise _bad_response(f"CoinAPI's response has no price for {', '.join(asset_ids)}: {self._clean(body)}")
         return sorted(updates, key=lambda update: position[update.asset_id])
 
     def _error_of(self, response: requests.Response, body: bytes) -> CoinApiError:
@@ -224,7 +225,7 @@ class _DeadlineReader(io.RawIOBase):
         self._sock = sock
         self._raw = raw
         self._deadline = deadline
-        self._has_begun = False  # whether a byte came
+        self._has_begun = False  # whether a read has returned
 
     def readable(self) -> bool:
         return True
@@ -258,31 +259,31 @@ class _DeadlineResponse(HTTPResponse):
 
 
 class _LostWhileIdle(RemoteDisconnected):
-    """A kept-alive connection was reset or closed before the first byte of the answer to its next request."""
+    """A kept-alive connection was reset or closed before the first byte of the response to its next request."""
 
 
 class _DeadlineConnection:
     """A mixin for urllib3's connection classes: their own timeouts start again with each byte."""
 
     adapter: "_DeadlineAdapter"
-    answers = 0  # over this connection so far
+    responses = 0  # over this connection so far
 
     def connect(self) -> None:
-        self.answers = 0
-        # For a proxy's answer to CONNECT.
+        self.responses = 0
+        # For a proxy's response to CONNECT.
         self.response_class: Any = partial(_DeadlineResponse, deadline=lambda: time.monotonic() + CONNECT_TIMEOUT)
         try:
             super().connect()  # type: ignore[misc]
-        except TimeoutError as error:  # in the proxy's answer, or in the TLS handshake
+        except TimeoutError as error:  # in the proxy's response, or in the TLS handshake
             raise ConnectTimeoutError(f"no connection within {CONNECT_TIMEOUT:g} s") from error
-        self.response_class = partial(_DeadlineResponse, deadline=self.adapter.answer_deadline)
+        self.response_class = partial(_DeadlineResponse, deadline=self.adapter.response_deadline)
 
     def getresponse(self) -> Any:
         try:
             response = super().getresponse()  # type: ignore[misc]
         except RemoteDisconnected as error:
-            raise _LostWhileIdle(*error.args) if self.answers else error from None
-        self.answers += 1
+            raise _LostWhileIdle(*error.args) if self.responses else error from None
+        self.responses += 1
         return response
 
 
@@ -291,10 +292,10 @@ class _DeadlineAdapter(HTTPAdapter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._deadline = 0.0  # for the answer to the current request, monotonic; 0 until the request was sent
+        self._deadline = 0.0  # for the response to the current request, monotonic; 0 until the request was sent
 
-    def answer_deadline(self) -> float:
-        self._deadline = self._deadline or time.monotonic() + ANSWER_TIMEOUT
+    def response_deadline(self) -> float:
+        self._deadline = self._deadline or time.monotonic() + RESPONSE_TIMEOUT
         return self._deadline
 
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
@@ -305,7 +306,7 @@ class _DeadlineAdapter(HTTPAdapter):
             left = self._deadline - time.monotonic()
             if left <= 0 or not any(isinstance(each, _LostWhileIdle) for each in _chain(error)):
                 raise
-        kwargs["timeout"] = (min(CONNECT_TIMEOUT, left), ANSWER_TIMEOUT)
+        kwargs["timeout"] = (min(CONNECT_TIMEOUT, left), RESPONSE_TIMEOUT)
         return super().send(*args, **kwargs)
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -321,12 +322,12 @@ def _read_body(response: requests.Response) -> bytes:
     body = bytearray()
     for chunk in response.iter_content(1 << 16):
         body += chunk
-        if len(body) > MAX_ANSWER:
-            raise _bad_answer(f"CoinAPI's answer is larger than {MAX_ANSWER} bytes")
+        if len(body) > MAX_RESPONSE:
+            raise _bad_response(f"CoinAPI's response is larger than {MAX_RESPONSE} bytes")
     return bytes(body)
 
 
-def _bad_answer(message: str) -> CoinApiError:
+def _bad_response(message: str) -> CoinApiError:
     return CoinApiError(message, cause="bad_answer")
 
 
@@ -370,7 +371,7 @@ def _reason(error: Exception) -> str:
         return "the environment names a SOCKS proxy, which needs one more package: pip install pysocks"
     *_, innermost = _chain(error)
     if isinstance(innermost, TimeoutError):
-        return f"not complete within {ANSWER_TIMEOUT:g} s"
+        return f"not complete within {RESPONSE_TIMEOUT:g} s"
     return getattr(innermost, "strerror", None) or f"{type(innermost).__name__}: {innermost}"
 
 

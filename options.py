@@ -21,8 +21,8 @@ EPILOG = f"""environment:
   COIN_API_KEY  the key from CoinAPI; without it, --demo
   COIN_API_URL  another host than {DEFAULT_URL}; plain http only to a loopback address
 
-exit status: 0 stopped by a signal; 1 could not start, or failed: a later start may succeed; 2 something must be
-changed first: wrong usage, no key, key refused on the first poll, history file unusable
+exit status: 0 stopped by a signal, or --once printed prices; 1 could not start, or failed: a later start may succeed;
+2 something must be changed first: wrong usage, no key, key refused on the first poll, history file unusable
 """
 
 logger = logging.getLogger("tracker")

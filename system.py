@@ -25,12 +25,12 @@ except ImportError:  # Windows
 STDERR = 2  # written to with os.write: sys.stderr has a lock, for which Python's exit would wait
 MAX_WAITING = 10_000  # log lines that are not yet written; more are dropped and counted
 FLUSH_TIMEOUT = 0.5  # seconds that the program's end waits for room in the queue, and then for stderr
-NOTICE = 25  # as in price_server/archive.py, the level for the end of what began with a WARNING
+NOTICE = 25  # as in price_server/archive.py, the level for a line that says that a problem is over
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, NOTICE: 5}
 PRIORITIES |= {logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
-# The README's.
+# The command in README.md.
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && .venv/bin/python tracker.py"
 
 logging.addLevelName(NOTICE, "NOTICE")
@@ -130,7 +130,7 @@ def _write(line: str) -> None:
 
 
 class Systemd:
-    """Tells systemd the state of the program, over the socket named in NOTIFY_SOCKET; without it, does nothing.
+    """Notifies systemd of the state of the program, over the socket named in NOTIFY_SOCKET; without it, does nothing.
 
     Source: sd_notify(3), sd_watchdog_enabled(3). Never blocks, raises nothing. Any thread.
     """
@@ -140,14 +140,14 @@ class Systemd:
         if self._address.startswith("@"):  # an abstract socket address
             self._address = "\0" + self._address[1:]
         self._clock = clock
-        self._feed_every = _watchdog_seconds(environment) / 3  # so that a late feed does no harm
-        self._fed = -self._feed_every
+        self._watchdog_interval = _watchdog_seconds(environment) / 3  # so that a late message does no harm
+        self._notified = -self._watchdog_interval
         self._socket: socket.socket | None = None
         if self._address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
 
-    def tell(self, state: str) -> None:
+    def notify(self, state: str) -> None:
         """READY=1 or another line of sd_notify(3)."""
         if self._socket is None:
             return
@@ -156,16 +156,16 @@ class Systemd:
         except OSError as error:
             logger.warning("systemd does not receive %s: %s", state, error.strerror)
 
-    def feed_watchdog(self) -> None:
-        """For the loop that must not hang to call: tells systemd that it runs, no more often than needed."""
+    def notify_watchdog(self) -> None:
+        """Tell systemd that the caller still runs; messages go out three times per watchdog timeout at most."""
         now = self._clock()
-        if self._feed_every and now - self._fed >= self._feed_every:
-            self._fed = now
-            self.tell("WATCHDOG=1")
+        if self._watchdog_interval and now - self._notified >= self._watchdog_interval:
+            self._notified = now
+            self.notify("WATCHDOG=1")
 
 
 def _watchdog_seconds(environment: Mapping[str, str]) -> float:
-    """How long systemd waits for this process to feed its watchdog; 0 when it does not."""
+    """How long systemd waits for a message of this process; 0 when it does not."""
     if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return 0.0
     text = environment.get("WATCHDOG_USEC", "")
@@ -173,7 +173,7 @@ def _watchdog_seconds(environment: Mapping[str, str]) -> float:
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
-    """Call `stop` when the first signal comes; a second one ends the program at once."""
+    """Call `stop` when the first signal comes; a second one ends the program immediately."""
 
     def on_signal(number: int, frame: object) -> None:
         for each in taken:

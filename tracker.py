@@ -5,7 +5,7 @@ the stop. options.py reads the command line, coin_api.py asks CoinAPI, system.py
 operating system, and price_server/ is everything that clients see.
 
 The path of a price: once per interval, `Poller.poll` asks the source for all assets in one request
-(`CoinApi.fetch_prices`) and gets a list of `PriceUpdate`. `PriceServer.publish` drops what is not a sound price and
+(`CoinApi.fetch_prices`) and gets a list of `PriceUpdate`. `PriceServer.publish` drops what is not a valid price and
 hands the rest to the server thread. That thread remembers each price as the latest one, encodes it once per message
 format, sends each client all that it follows with one non-blocking `send`, and adds it to the history.
 
@@ -47,14 +47,14 @@ try:
     from options import DAY, INTERVAL, parse_arguments
     from price_server import PriceServer
     from price_server.clocks import boottime
-    from price_server.prices import Update, split_sound
+    from price_server.prices import Update, split_valid
 except ModuleNotFoundError as missing:
     system.start_log()
     logging.critical(system.explain_missing(missing.name or ""))
     sys.exit(2)
 
 MAX_BACKOFF = 15.0  # seconds: an outage must not last much longer here than at CoinAPI; failed requests are not billed
-MAX_WAIT = 15.0  # seconds of one wait: its clock stands still while the machine sleeps, and an interval may be a day
+MAX_WAIT = 15.0  # seconds of one Event.wait: its clock stops while the machine sleeps, and an interval may be a day
 READY_TIMEOUT = 2.0  # seconds that the start-up lines wait for the first poll: it may find that the key is refused
 SWITCH_INTERVAL = 0.0002  # seconds: each send releases the GIL, and a busy thread then keeps it for 5 ms by default
 READY, STOP = "ready", "stop"  # events that main waits for
@@ -97,7 +97,7 @@ class Poller:
         self.interval = interval
         self.pause_when_idle = pause_when_idle
         self.clock = clock
-        # Set by `stop`, and by the server when a client came: `run` then checks both.
+        # Set by `stop`, and by the server when a client connects: `run` then checks both.
         self.wake = wake or (server.client_connected if pause_when_idle else threading.Event())
         self.ready = ready
         self.stopping = False
@@ -138,7 +138,7 @@ class Poller:
         try:
             sent = self.server.publish(self.source.fetch_prices(self.server.assets), expect_all=True)
             if not sent:
-                raise CoinApiError("no sound price for any asset", cause="bad_answer")
+                raise CoinApiError("no valid price for any asset", cause="bad_answer")
         except BaseException as error:  # your own source may raise anything, even SystemExit
             return self._fail(error, started)
         finally:
@@ -240,20 +240,20 @@ def run(source: PriceSource, options: Namespace) -> int:
     except RuntimeError as error:  # a thread could not be started
         return _report(1, f"cannot start: {error}")
     systemd = system.Systemd()
-    server.on_housekeeping = systemd.feed_watchdog
+    server.on_housekeeping = systemd.notify_watchdog
     poller = Poller(source, server, options.interval, options.pause_when_idle, ready=partial(events.put, READY))
     try:
         _start_threads(server, poller, events)
         event = _wait_for_event(events, READY_TIMEOUT)
         if event != STOP:
             _announce(options, server)
-            systemd.tell("READY=1")
+            systemd.notify("READY=1")
         while event != STOP and not server.has_ended:
             event = _wait_for_event(events, 1.0)
     except RuntimeError as error:
         return _report(1, f"cannot start: {error}")
     finally:
-        systemd.tell("STOPPING=1")
+        systemd.notify("STOPPING=1")
         has_ended = server.has_ended
         poller.stop()
         logger.info("stopping, clients connected: %d", server.client_count)
@@ -287,7 +287,7 @@ def make_server(source: PriceSource, options: Namespace) -> PriceServer:
 def _start_threads(server: PriceServer, poller: Poller, events: queue.SimpleQueue[str]) -> None:
     def poll() -> None:
         poller.run()
-        events.put(STOP)  # when the key was refused, nobody else does
+        events.put(STOP)  # after a refused key nothing else stops main
 
     with system.signals_blocked():
         server.run_forever(threaded=True)
@@ -307,18 +307,18 @@ def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
     if sys.stdout is None:
         return _report(1, "cannot write the prices: stdout is closed")
     try:
-        sound, faults = split_sound(source.fetch_prices(assets), assets, expect_all=True)
+        valid, faults = split_valid(source.fetch_prices(assets), assets, expect_all=True)
     except CoinApiError as error:
         return _report(2, f"{error}: check COIN_API_KEY") if error.key_refused else _report(1, one_line(error))
     except BaseException as error:
         return _report(1, one_line(f"unexpected {type(error).__name__}: {error}"))
     if faults:
         named = ", ".join(f"{asset_id}: {fault}" for asset_id, fault in faults.items())
-        logger.log(logging.WARNING if sound else logging.ERROR, "no sound price for %s", named[:1000])
-    if not sound:
+        logger.log(logging.WARNING if valid else logging.ERROR, "no valid price for %s", named[:1000])
+    if not valid:
         return 1
     try:
-        print("\n".join(sound[asset_id].to_json() for asset_id in assets if asset_id in sound), flush=True)
+        print("\n".join(valid[asset_id].to_json() for asset_id in assets if asset_id in valid), flush=True)
     except OSError as error:
         # Otherwise Python would try at its exit to write the rest again, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -338,7 +338,7 @@ def _announce(options: Namespace, server: PriceServer) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # noqa: S104
     address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
     everywhere = "" if host == options.host else ", on all addresses of this machine"
-    logger.info("dashboard http://%s/ and WebSocket ws://%s/ws%s", address, address, everywhere)
+    logger.info("page http://%s/ and WebSocket ws://%s/ws%s", address, address, everywhere)
     names = f"{', '.join(options.assets)} in {options.quote}"
     if options.demo:
         logger.info("DEMO, simulated prices: %s every %g s", names, options.interval)

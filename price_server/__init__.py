@@ -15,7 +15,7 @@ Dependencies point down this list and form no circle:
     status.py      counters and gauges, /healthz, /metrics
     archive.py     a copy of the history in a SQLite file
     history.py     the price history, in memory
-    prices.py      the latest prices, and what a sound price is
+    prices.py      the latest prices, and what a valid price is
     formats.py     how messages are written to a client
     frames.py      RFC 6455: bytes to frames and messages, and back
     clocks.py      the clock that runs on while the machine sleeps

@@ -1,4 +1,4 @@
-"""A copy of the history in a SQLite file, and the only thread that waits for a disk. It exists only with a file.
+"""A copy of the history in a SQLite file, written by a thread of its own. It exists only with a file.
 
 The server thread hands over what `History` says is to be written, and goes on. While a disk is full, gone or locked,
 only the file lacks something; that is written as soon as the disk takes it.
@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .history import RANGES, Known, Poll, encode_point
+from .history import RANGES, Poll, Snapshot, encode_point
 
-MAX_WAITING = 50_000  # prices that wait for a disk; more are dropped, and the file is then compared with memory again
+MAX_WAITING = 50_000  # prices that wait for the disk; more are dropped, and the file is then completed from memory
 BUSY_TIMEOUT = 0.1  # seconds of waiting for another program's lock, before that is a failure to be tried again
 MAX_WAL = 4 << 20  # bytes of FILE-wal; it grows beyond them while another program reads for long
-NOTICE = 25  # the log level, between INFO and WARNING, for the end of what began with a WARNING
+NOTICE = 25  # the log level, between INFO and WARNING, for a line that says that a problem is over
 APPLICATION_ID = 0x50525448  # "PRTH" in the head of the file: this program made it
 VERSION = 1  # of the table
 
@@ -53,8 +53,8 @@ class Archive:
     """The file and its thread. `start`, `write` and `stop` are for other threads.
 
     source, quote: part of each point's key: simulated prices, or those in another currency, are never mixed in.
-    loaded: called in the archive's thread with the step and the texts of each range, whenever the file was read. It
-        must have the thread that owns the history call `History.load`, and `write` with the result.
+    loaded: called in the archive's thread, whenever the file was read, with the step and the texts of each range. It
+        must pass them to `History.load` in the thread that owns the history, and the result to `write`.
     """
 
     retry_interval = 1.0  # seconds until a file that could not be opened or written is tried again
@@ -79,14 +79,14 @@ class Archive:
 
         # Shared with other threads. `_changed` guards it and `state`, and is never held while waiting for a disk.
         self._changed = threading.Condition()
-        self._waiting: deque[Poll | Known] = deque(maxlen=max(MAX_WAITING // max(len(self._assets), 1), 100))
+        self._waiting: deque[Poll | Snapshot] = deque(maxlen=max(MAX_WAITING // max(len(self._assets), 1), 100))
         self._must_read = True  # since it was opened, or because some of what waited was dropped
         self._stopping = False
 
         # The thread's own.
         self._disk: sqlite3.Connection | None = None
         self._identity: os.stat_result  # of the file that is open
-        self._expected = 0  # `Known`s still to come for what was read: until they are written the file lacks something
+        self._expected = 0  # results of `History.load` that are not yet written: until then the file lacks something
         self._pause: float | None = 0.0  # seconds until the next try; None: when something waits
         self._reason = f"history file {file!r} does not answer"  # for failing or being refused
         # A daemon: a disk that hangs must not keep the program from ending.
@@ -109,7 +109,7 @@ class Archive:
         if not in_time:
             self._warn()
 
-    def write(self, change: Poll | Known) -> None:
+    def write(self, change: Poll | Snapshot) -> None:
         """Have the thread write what `History.add` or `History.load` returned. Never blocks."""
         with self._changed:
             if len(self._waiting) == self._waiting.maxlen:
@@ -150,25 +150,25 @@ class Archive:
     def _write_waiting(self, disk: sqlite3.Connection) -> None:
         while self._waiting:
             change = self._waiting[0]
-            if change.forgotten or any(change.rows()):  # nothing at all must not wait for another program's lock
+            if change.dropped or any(change.rows()):  # an empty change must not wait for another program's lock
                 self._check_identity(disk)
                 self._write(disk, change)
                 self.last_write = self._wall_clock()
             with self._changed:
                 if self._waiting[0] is change:  # it was not dropped meanwhile
                     self._waiting.popleft()
-            if isinstance(change, Known):
+            if isinstance(change, Snapshot):
                 self._expected = max(self._expected - 1, 0)
 
-    def _write(self, disk: sqlite3.Connection, change: Poll | Known) -> None:
+    def _write(self, disk: sqlite3.Connection, change: Poll | Snapshot) -> None:
         """In one transaction, write these points and delete those that memory no longer holds."""
         with disk:
             disk.executemany(WRITE, ((step, number, *self._key, *point) for step, number, *point in change.rows()))
-            gone = ((step, number, *self._key, asset) for step, number, asset in change.forgotten)
+            gone = ((step, number, *self._key, asset) for step, number, asset in change.dropped)
             disk.executemany(DELETE, gone)
 
     def _read_all(self, disk: sqlite3.Connection) -> None:
-        """Hand over what the file has, one range at a time: loading all at once would delay the server thread."""
+        """Hand over what the file has, one range at a time: loading it in one step would delay the server."""
         self._must_read, self._expected = False, 0
         try:
             for span in RANGES:

@@ -3,7 +3,7 @@
 A connection is a visitor until the head of its HTTP request is complete. Then it is a client, which follows
 the feed, or it gets one response. A response, a refusal, a close frame, a protocol error and a stop end it in
 one way: the last bytes are queued and nothing follows them; then this side is shut down, what still arrives
-is discarded, and the socket is closed when the peer hangs up or the deadline passes.
+is discarded, and the socket is closed when the peer closes or the deadline passes.
 
 The caller gives the time (`now`, in seconds of any clock) and exhausts the events of `receive_data`.
 """
@@ -22,10 +22,10 @@ from .web import MAX_REQUEST, find_end
 REQUEST_TIMEOUT = 10.0  # seconds for a whole request, dribbled or not
 SLOW_CLIENT_TIMEOUT = 30.0  # seconds from when a client falls behind until it has caught up
 MESSAGE_TIMEOUT = 30.0  # seconds for a message to be complete
-DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to take an HTTP response,
-DOWNLOAD_RATE = 8 << 10  # and one second more for each 8 KiB of it
-LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer hangs up
-CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it hangs up
+DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to receive an HTTP response, and more by its size:
+DOWNLOAD_RATE = 8 << 10  # bytes for each second more
+LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer closes
+CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it closes
 SHARED_SIZE = 4 << 10  # bytes; from this size on, a piece that several connections hold is counted once
 
 NO_FEED = Feed(FORMATS[0])  # of a connection that was never a client
@@ -37,7 +37,7 @@ class State(Enum):
     VISITOR = auto()  # its request is not complete
     CLIENT = auto()  # it follows the feed
     CLOSING = auto()  # its last bytes are going out
-    LINGERING = auto()  # its last bytes are out, and the peer has yet to hang up
+    LINGERING = auto()  # its last bytes are out, and the peer has yet to close
     ENDED = auto()  # its socket is closed
 
 
@@ -100,7 +100,8 @@ class Connection:
             yield RequestHead(head)
         if self.state is State.CLIENT and self.feed.format.is_two_way and data:
             yield from self._read_messages(data, now)
-        # After the last bytes everything is discarded: a close over unread data would be a reset, and could lose them.
+        # After the last bytes, what arrives is discarded: closing a socket with unread data sends a reset, and the peer
+        # could lose those bytes.
 
     def _read_request(self, data: bytes) -> tuple[bytes, bytes]:
         """Add to the request. Returns its head and what follows it; the head is b"" until it is complete."""
@@ -186,7 +187,7 @@ class Connection:
             self._open_outbox().enqueue(piece)
 
     def finish_with(self, pieces: Iterable[bytes], deadline: float) -> None:
-        """Have these sent as the last bytes, until `deadline`. A list is taken at once, an iterator as it is sent."""
+        """Have these sent as the last bytes, until `deadline`. A list is added whole; an iterator is read later."""
         self._change_state(State.CLOSING)
         self._inbox = self._reader = None
         self._deadline = deadline
@@ -237,7 +238,7 @@ class Connection:
     # Limits
 
     def find_overdue(self, now: float) -> str:
-        """Why the time of this connection is over: for a client behind, unfinished or no_close; "" while it is not."""
+        """The deadline that has passed (behind, unfinished or no_close, as they are counted for clients), or ""."""
         if self.state is State.CLIENT:
             if self._deadline:  # while it is behind, nothing of it is read
                 return "behind" if self._deadline < now else ""

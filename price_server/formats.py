@@ -44,7 +44,7 @@ class EventStreamFormat:
     """Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
 
     name = "event_stream"
-    heartbeat = b":\n"  # a comment line; without an empty line, or some libraries would see an event without data
+    heartbeat = b":\n"  # a comment line; no empty line, because some libraries would then see an event without data
     is_two_way = carries_bytes = False
 
     def encode_price(self, message: str) -> bytes:

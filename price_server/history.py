@@ -25,7 +25,7 @@ class Range(NamedTuple):
         return self.seconds // self.step + 1
 
 
-RANGES = (  # about 360 points each; a step is the key of its range, also in the file
+RANGES = (  # 288 to 365 steps each; a step is the key of its range, also in the file; the first is the default
     Range("1h", 3600, 10),
     Range("24h", 86400, 300),
     Range("7d", 7 * 86400, 1800),
@@ -35,7 +35,7 @@ RANGES = (  # about 360 points each; a step is the key of its range, also in the
 
 Text = bytes | bytearray  # points with commas between them: [1800000000.123,45000.0],[1800000010.123,45001.5]
 Row = tuple[int, int, str, float, str]  # step, number of the step, asset, epoch seconds, price
-Forgotten = tuple[int, int, str]  # step, number of the step, asset: of a point that memory no longer holds
+Dropped = tuple[int, int, str]  # step, number of the step, asset: of a point that memory no longer holds
 
 
 class Poll(NamedTuple):
@@ -44,7 +44,7 @@ class Poll(NamedTuple):
     at: float
     prices: Mapping[str, str]
     steps: tuple[int, ...]
-    forgotten: list[Forgotten]
+    dropped: list[Dropped]
 
     def rows(self) -> Iterator[Row]:
         for step in self.steps:
@@ -52,12 +52,12 @@ class Poll(NamedTuple):
                 yield step, int(self.at // step), asset, self.at, price
 
 
-class Known(NamedTuple):
+class Snapshot(NamedTuple):
     """All points that one range had before a file was read. As text, because copying that is quick."""
 
     step: int
     texts: dict[str, bytes]
-    forgotten: list[Forgotten]
+    dropped: list[Dropped]
 
     def rows(self) -> Iterator[Row]:
         for asset, text in self.texts.items():
@@ -105,16 +105,16 @@ class History:
         at = round(at, 3)  # as in the text
         head = f"[{at:.3f},"
         points = {asset: f"{head}{price}]".encode() for asset, price in prices.items()}
-        forgotten: list[Forgotten] = []
+        dropped: list[Dropped] = []
         for step, range_points in self._by_step.items():
-            forgotten += range_points.add(int(at // step), points)
-        return Poll(at, prices, tuple(self._by_step), forgotten)
+            dropped += range_points.add(int(at // step), points)
+        return Poll(at, prices, tuple(self._by_step), dropped)
 
-    def load(self, step: int, texts: Mapping[str, bytes]) -> Known:
-        """Add what a file has of one range before what is here; on the same step, what is here wins.
+    def load(self, step: int, texts: Mapping[str, bytes]) -> Snapshot:
+        """Add the points that a file has of one range before those in memory; of the same step, that in memory stays.
 
         texts: by asset, points made by `encode_point` in the order of time, each step once, with commas between them.
-        Returns what the archive must write: what was here already.
+        Returns what the archive must write: what was in memory already.
         """
         return self._by_step[step].load(texts)
 
@@ -131,10 +131,10 @@ class History:
         return self._ranges[range_name].json_pieces(assets, self._now())
 
     def csv(self, range_name: str, assets: Iterable[str]) -> Iterator[bytes]:
-        """The same as lines like 2026-11-24T12:00:00.413Z,BTC,45000.0; each asset's are made when they are taken."""
+        """The same as lines like 2026-11-24T12:00:00.413Z,BTC,45000.0; each asset's are made when they are read."""
         points = self._ranges[range_name]
         yield b"time,asset_id,price\n"
-        # No name for what is yielded, because that would hold it until the next is taken, by thousands at once.
+        # Not bound to a name: a suspended generator would hold these bytes, and there may be thousands of them.
         yield from filter(None, (_csv_lines(asset, points.shown(asset, self._now())) for asset in assets))
 
     def _now(self) -> float:
@@ -148,27 +148,22 @@ class _RangePoints:
         self.span = span
         self._series = {asset: _Series(span) for asset in assets}
         self._assets = tuple(self._series)
-        self._sorted: dict[str, bytes] = {}  # points in the order of time, of series that did not arrive so
+        self._sorted: dict[str, bytes] = {}  # series whose points did not arrive in the order of time, in that order
         self._whole = b""  # the JSON of all assets, in one piece because most ask for that; b"" when it is not made
-        self._members: dict[str, bytes] = {}  # of that JSON: those of assets that were asked for with others
-        self._valid = (math.inf, -math.inf)  # from and until when these are what is shown
+        self._members: dict[str, bytes] = {}  # the members of that JSON, for requests of some assets
+        self._valid = (math.inf, -math.inf)  # from and until when both are right, epoch seconds
         self._since: tuple[float, float] | None = None  # when `since` was last asked, and what it was
 
-    def add(self, number: int, points: dict[str, bytes]) -> list[Forgotten]:
-        forgotten: list[Forgotten] = []
-        for asset, point in points.items():
-            dropped = self._series[asset].add(number, point)
-            if dropped is not None:
-                forgotten.append((self.span.step, dropped, asset))
+    def add(self, number: int, points: dict[str, bytes]) -> list[Dropped]:
+        numbers = [(asset, self._series[asset].add(number, point)) for asset, point in points.items()]
         self._clear_shown()
-        return forgotten
+        return [(self.span.step, dropped, asset) for asset, dropped in numbers if dropped is not None]
 
-    def load(self, texts: Mapping[str, bytes]) -> Known:
+    def load(self, texts: Mapping[str, bytes]) -> Snapshot:
         known = {asset: bytes(series.text) for asset, series in self._series.items() if series.text}
-        dropped = [(asset, self._series[asset].load(text)) for asset, text in texts.items()]
+        numbers = [(asset, number) for asset, text in texts.items() for number in self._series[asset].load(text)]
         self._clear_shown()
-        forgotten = [(self.span.step, number, asset) for asset, numbers in dropped for number in numbers]
-        return Known(self.span.step, known, forgotten)
+        return Snapshot(self.span.step, known, [(self.span.step, number, asset) for asset, number in numbers])
 
     def _clear_shown(self) -> None:
         self._sorted.clear()

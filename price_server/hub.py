@@ -1,7 +1,7 @@
 """Which connection is a client, what it gets, and when it is dropped: fan-out, admission, deadlines, stop.
 
 Everything here runs in the server thread. A connection is a visitor first. Then it becomes a client, or it is
-finishing: it takes a response, and is closed.
+finishing: it receives a response, and is closed.
 """
 
 import logging
@@ -31,8 +31,8 @@ from .web import NewClient, Site
 OWN_FILES = 20  # descriptors that are not connections: logs, listener, selector, archive, CoinAPI
 SPARE_VISITORS = 30  # visitors that find room when the server is full of clients
 HEARTBEAT_INTERVAL = 20.0  # seconds; under the 60 s after which proxies close a silent connection
-MAX_UNANSWERED = 3  # heartbeats, so 60 s; counted, not timed: a machine that slept finds its clients again
-HEARTBEATS_AT_ONCE = 256  # in one step
+MAX_UNANSWERED = 3  # heartbeats; counted, not timed, so that waking from sleep drops no client
+HEARTBEATS_PER_BATCH = 256
 HOUSEKEEPING_INTERVAL = 0.5  # seconds: how late a deadline may be noticed
 MAX_QUEUE = 1 << 20  # bytes of send_message that may be pending for one client
 MAX_HELD = 64 << 20  # bytes that all connections together may hold
@@ -72,7 +72,7 @@ class Hub:
         self._finishing: dict[Connection, None] = {}  # the oldest first
         self._last_id = 0
         self._added = 0  # bytes that connections were given since the last count of those held
-        self.deny_close: tuple[int, str | bytes] | None = None  # the close that new clients get at once; None: let in
+        self.deny_close: tuple[int, str | bytes] | None = None  # the close that new clients get; None: admit them
         self.stop_close: tuple[int, str | bytes] | None = (1001, "server is stopping")  # None: no close frame
         self._was_stale = False
         self._room = self._fit_clients()
@@ -125,7 +125,6 @@ class Hub:
             self._count_added(connection.outbox.take_uncounted())
 
     def close(self, connection: Connection) -> None:
-        """Close a connection and forget it."""
         if connection.state is State.ENDED:
             return
         self._transport.close(connection)
@@ -136,12 +135,12 @@ class Hub:
             self._status.clients[connection.feed.format.name] -= 1
             # Later: a client may be dropped inside a fan-out.
             self._loop.call_soon(lambda: self._call_back("client_left", client))
-            logger.debug("client left, clients connected: %d", len(self.clients))
+            logger.debug("client disconnected, clients connected: %d", len(self.clients))
 
-    def attempt(self, step: Callable[[Connection], None], connection: Connection) -> None:
-        """Run a step of one connection: an error in it ends this connection only."""
+    def attempt(self, action: Callable[[Connection], None], connection: Connection) -> None:
+        """Do something with one connection: an error in it ends this connection only."""
         try:
-            step(connection)
+            action(connection)
         except Exception as error:
             self._fail(connection, error)
 
@@ -194,7 +193,7 @@ class Hub:
         self._status.clients_accepted += 1
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
-                "client %s came, clients connected: %d", _address_of(connection, new_client), len(self.clients)
+                "client %s connected, clients connected: %d", _address_of(connection, new_client), len(self.clients)
             )
         self._call_back("new_client", client)
 
@@ -299,8 +298,8 @@ class Hub:
         self._send_some_heartbeats(iter(list(self.clients)))
 
     def _send_some_heartbeats(self, connections: Iterator[Connection]) -> None:
-        """In slices, because 8,000 at once would delay everything else."""
-        some = list(islice(connections, HEARTBEATS_AT_ONCE))
+        """In batches, because 8,000 in one step would delay everything else."""
+        some = list(islice(connections, HEARTBEATS_PER_BATCH))
         for connection in some:
             if connection.state is not State.CLIENT:
                 continue
@@ -316,7 +315,7 @@ class Hub:
     # What is held
 
     def _count_added(self, size: int) -> None:
-        """Note bytes given to one. After each 16 MiB, drop the largest holders if together they hold too much."""
+        """Count bytes given to a connection. Every 16 MiB, drop the largest holders if all hold over MAX_HELD."""
         self._added += size
         if self._added < RECOUNT_AFTER:
             return

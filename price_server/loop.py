@@ -23,7 +23,7 @@ BATCH_SECONDS = 0.05  # or seconds, whichever comes first
 CALL_TIMEOUT = 10.0  # seconds that another thread waits for its function
 STOP_TIMEOUT = 1.0  # seconds that a stop waits until the handler is drained
 MAX_SELECT = 0.5  # seconds of one `select`: timers that a test's clock makes due are noticed within them
-WARNING_PAUSE = 60.0  # seconds without a kind of trouble until it is logged again
+WARNING_PAUSE = 60.0  # seconds without a kind of problem until it is logged again
 BATCH_WINDOW = 60.0  # seconds that the longest batch is remembered
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Loop:
         """Run a function in the loop's thread, and return what it returns or raise what it raises.
 
         Raises TimeoutError when it has not begun after 10 s; it is withdrawn then. One that has begun has 10 s more.
-        In the loop's own thread it runs at once.
+        In the loop's own thread it runs immediately.
         """
         if self.state is not LoopState.RUNNING or self.in_loop_thread():
             return function()
@@ -95,7 +95,7 @@ class Loop:
     def call_soon(self, function: Callable[[], Any]) -> None:
         """Have a function run in the loop's thread, and do not wait. What it raises is logged.
 
-        Before the start, the thread that made the loop runs it at once; a function of another waits for the start.
+        Before the start, the thread that made the loop runs it immediately; a function of another waits for the start.
         """
         if self.state is LoopState.ENDED or (self.state is LoopState.BEFORE and self.in_loop_thread()):
             _log_errors(function)
@@ -229,7 +229,7 @@ class Loop:
             self.ended.set()
 
     def _release_calls(self) -> None:
-        """Run the calls left at the end, because their callers wait. Two threads may do this at once."""
+        """Run the calls left at the end, because their callers wait. Two threads may do this at the same time."""
         try:
             while True:
                 self._calls.popleft()()
@@ -238,11 +238,11 @@ class Loop:
 
 
 class RateLimitedLog:
-    """Logs trouble that a peer can cause at will: once, and again only after a minute without it."""
+    """Logs a problem that a peer can cause at will: once, and again only after a minute without it."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
-        self._last: dict[str, float] = {}  # when each kind of trouble last occurred
+        self._last: dict[str, float] = {}  # when each kind of problem last occurred
 
     def warn(self, kind: str, message: str, error: BaseException | None = None) -> None:
         now = self._clock()

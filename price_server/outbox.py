@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
 SEND_SIZE = 32 << 10  # bytes to which small pieces are joined for one send, about what a send buffer takes
-STALE_AT_ONCE = 256  # assets whose messages are joined for one send
+STALE_PER_SEND = 256  # assets whose messages are joined for one send
 
 
 class Outbox:
@@ -23,7 +23,7 @@ class Outbox:
     def __init__(self) -> None:
         self.pieces: deque[bytes] = deque()
         self._sent_of_first = 0  # bytes of the first piece that are out already
-        self._upcoming: Iterator[bytes] = iter(())  # pieces of an HTTP body, made when they are taken
+        self._upcoming: Iterator[bytes] = iter(())  # pieces of an HTTP body, made when they are read
         self.stale_assets: tuple[str, ...] = ()
         self.size = 0  # bytes in pieces
         self.enqueued = 0  # bytes that were ever in pieces: a large download has more time
@@ -92,7 +92,7 @@ class Outbox:
             if room < 0:
                 return b"".join(parts) if parts else part  # a large piece is not copied
             parts.append(part)
-        parts += [messages[asset] for asset in self.stale_assets[:STALE_AT_ONCE]]
+        parts += [messages[asset] for asset in self.stale_assets[:STALE_PER_SEND]]
         return b"".join(parts)
 
     def advance(self, sent: int, messages: Mapping[str, bytes]) -> int:
@@ -105,8 +105,8 @@ class Outbox:
         if self.pieces or self._take_upcoming() or not self.stale_assets:
             return 0
         sent, self._sent_of_first = self._sent_of_first, 0
-        later = self.stale_assets[STALE_AT_ONCE:]
-        begun = self.split_unsent(self.stale_assets[:STALE_AT_ONCE], sent, messages)
+        later = self.stale_assets[STALE_PER_SEND:]
+        begun = self.split_unsent(self.stale_assets[:STALE_PER_SEND], sent, messages)
         self.stale_assets += later
         return begun
 

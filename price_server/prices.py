@@ -1,4 +1,4 @@
-"""The latest price of each asset, its encoded message in each format, and what a sound price is.
+"""The latest price of each asset, its encoded message in each format, and what a valid price is.
 
 No socket, no thread: the server thread owns a server's `Prices`.
 """
@@ -24,15 +24,15 @@ class Update(Protocol):
     def to_json(self) -> str: ...
 
 
-def split_sound(
+def split_valid(
     updates: Iterable[Update], assets: Iterable[str], expect_all: bool = False
 ) -> tuple[dict[str, Update], dict[str, str]]:
-    """The sound updates by asset id, and for each other asset id what is wrong with it, in a few words.
+    """The valid updates by asset id, and for each other asset id what is wrong with it, in a few words.
 
     expect_all: an asset without an update has a fault too.
     """
     assets = dict.fromkeys(assets)
-    sound: dict[str, Update] = {}
+    valid: dict[str, Update] = {}
     faults: dict[str, str] = {}
     for update in updates:
         try:
@@ -42,10 +42,10 @@ def split_sound(
         if fault:
             faults[_name(update)] = fault
         else:
-            sound[update.asset_id] = update
+            valid[update.asset_id] = update
     if expect_all:
-        faults = dict.fromkeys(assets, "not in the answer") | faults
-    return sound, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in sound}
+        faults = dict.fromkeys(assets, "not in the response") | faults
+    return valid, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in valid}
 
 
 def _name(update: object) -> str:
@@ -81,7 +81,7 @@ class Feed:
 
 
 class Prices:
-    """The latest price of each asset."""
+    """The latest price of each asset. Only the server thread changes it."""
 
     def __init__(self, assets: Sequence[str]):
         self.assets = tuple(assets)
@@ -90,7 +90,7 @@ class Prices:
         self.feeds = {each.name: Feed(each) for each in FORMATS}
 
     def remember(self, updates: dict[str, Update]) -> None:
-        """Take a poll's sound updates; an asset that is not among them keeps its last price."""
+        """Take a poll's valid updates; an asset that is not among them keeps its last price."""
         texts = {asset: update.to_json() for asset, update in updates.items()}
         self.latest = self._in_order(self.latest | updates)
         self.texts = self._in_order(self.texts | texts)

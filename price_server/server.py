@@ -23,7 +23,7 @@ from .frames import encode_close
 from .history import History
 from .hub import OWN_FILES, SPARE_VISITORS, Hub
 from .loop import Loop, LoopState, RateLimitedLog
-from .prices import Prices, Update, split_sound
+from .prices import Prices, Update, split_valid
 from .status import Status
 from .transport import configure_listener
 from .version import __version__
@@ -39,7 +39,7 @@ class PriceServer(WebsocketServer):
 
     assets: ids in the order in which every client gets them. interval: seconds between two polls.
     history_file: keeps the price history over restarts; None for memory only.
-    clock: steady seconds, for deadlines; age_clock: seconds that go on while the machine sleeps; wall_clock: epoch
+    clock: monotonic seconds, for deadlines; age_clock: seconds that go on while the machine sleeps; wall_clock: epoch
     seconds.
 
     Callbacks run in the server thread, one after the other: one that blocks delays every client. A message is str
@@ -70,7 +70,7 @@ class PriceServer(WebsocketServer):
         self.client_connected = threading.Event()  # set with each new client, for a poller that pauses
         self.on_housekeeping: Callable[[], None] = lambda: None  # called twice a second in the server thread
         self._wall_clock = wall_clock
-        self._unsound: set[str] = set()  # assets whose price was dropped, until they have a sound one
+        self._invalid: set[str] = set()  # assets whose price was dropped, until they have a valid one
         self._prices = Prices(self.assets)
         self._history = History(self.assets, wall_clock)
         self._status = Status(
@@ -122,12 +122,12 @@ class PriceServer(WebsocketServer):
     def publish(self, updates: Iterable[Update], expect_all: bool = False) -> list[str]:
         """Send prices to every client, and return when that is done; no client can block it. Any thread.
 
-        Returns the assets that were sent. An update that is not sound (see prices.py) is dropped, and its asset named
-        in the log once, until it has a sound price again; with expect_all, an asset without an update is named too.
+        Returns the assets that were sent. An update that is not valid (see prices.py) is dropped, and its asset named
+        in the log once, until it has a valid price again; with expect_all, an asset without an update is named too.
         Raises TimeoutError when a callback blocks the server thread.
         """
-        sound, faults = split_sound(updates, self.assets, expect_all)
-        sent: list[str] = self._loop.call(lambda: self._publish(sound, faults))
+        valid, faults = split_valid(updates, self.assets, expect_all)
+        sent: list[str] = self._loop.call(lambda: self._publish(valid, faults))
         return sent
 
     def _publish(self, updates: dict[str, Update], faults: dict[str, str]) -> list[str]:
@@ -142,14 +142,14 @@ class PriceServer(WebsocketServer):
                 self._archive.write(poll)
         return list(updates)
 
-    def _note_faults(self, sound: dict[str, Update], faults: dict[str, str]) -> None:
-        new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._unsound]
-        back = [asset for asset in sound if asset in self._unsound]
-        self._unsound = self._unsound.union(faults).difference(back)
+    def _note_faults(self, valid: dict[str, Update], faults: dict[str, str]) -> None:
+        new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._invalid]
+        back = [asset for asset in valid if asset in self._invalid]
+        self._invalid = self._invalid.union(faults).difference(back)
         if new:
-            logger.warning("no sound price for %s; clients keep the last one", ", ".join(new)[:1000])
+            logger.warning("no valid price for %s; clients keep the last one", ", ".join(new)[:1000])
         if back:
-            logger.log(NOTICE, "a sound price again for %s", ", ".join(back))
+            logger.log(NOTICE, "a valid price again for %s", ", ".join(back))
 
     def report_failure(self, reason: str, cause: str = "other") -> None:
         """Note a poll that brought no prices; /healthz shows `reason` until one succeeds. Any thread."""
@@ -160,7 +160,7 @@ class PriceServer(WebsocketServer):
         self._loop.call_soon(lambda: self._status.note_poll(seconds, credits_used, credits_left))
 
     def pause(self) -> None:
-        """Note that polls are left out because there is no client. Any thread."""
+        """Note that there are no polls while no client is connected. Any thread."""
         self._loop.call_soon(lambda: setattr(self._status, "paused", True))
 
     @property
@@ -176,7 +176,7 @@ class PriceServer(WebsocketServer):
 
     @property
     def clients(self) -> list[Client]:
-        """The open clients at this moment."""
+        """The connected clients at this moment."""
         clients: list[Client] = self._loop.call(lambda: list(self._hub.clients.values()))
         return clients
 
@@ -341,7 +341,7 @@ def _stop_on_interrupt(stop: Callable[[], None]) -> Callable[[], Any]:
         return lambda: None
 
     def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGINT, handler)  # a second one ends the program at once
+        signal.signal(signal.SIGINT, handler)  # a second one ends the program immediately
         stop()
 
     signal.signal(signal.SIGINT, interrupt)

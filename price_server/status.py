@@ -48,7 +48,7 @@ class ArchiveState(Protocol):
 
 @dataclass(eq=False)
 class Status:
-    """Counters and gauges of one server. Server thread only."""
+    """Counters and gauges of one server. Only the server thread changes them; some may be read in any thread."""
 
     prices: Prices
     history: History
@@ -62,11 +62,11 @@ class Status:
     age_clock: Callable[[], float] = clocks.boottime  # seconds that go on while the machine sleeps
     wall_clock: Callable[[], float] = time.time
 
-    stale_floor = 60.0  # seconds; CoinAPI's own times lag by about 30 s
+    stale_floor = 60.0  # seconds; at a short interval, a few failed polls are not stale
 
     def __post_init__(self) -> None:
         self.started_at = self.wall_clock()  # epoch seconds
-        self.clients = _start_at_0(each.name for each in FORMATS)  # open clients, by the name of their format
+        self.clients = _start_at_0(each.name for each in FORMATS)  # connected clients, by the name of their format
         self.clients_accepted = 0
         self.refused = _start_at_0(REFUSED)
         self.dropped = _start_at_0(DROPPED)
@@ -79,7 +79,7 @@ class Status:
         self.batch_seconds_max = 0.0
         self._other_files = 12  # open files that are not connections, until they are counted
 
-        self.paused = False  # while polls are left out because nobody listens
+        self.paused = False  # while there are no polls because no client is connected
         self.last_error: str | None = None
         self.polls = _start_at_0(("success", "failure"))
         self.poll_failures = _start_at_0(CAUSES)
@@ -114,11 +114,11 @@ class Status:
         self._credits_used = self._credits_used if credits_used is None else credits_used
         self._credits_left = self._credits_left if credits_left is None else credits_left
 
-    # What it tells
+    # What it reports
 
     @property
     def client_count(self) -> int:
-        """Open clients of all formats."""
+        """Connected clients of all formats."""
         return self.clients.total()
 
     @property
@@ -131,7 +131,7 @@ class Status:
         return None if self._last_success is None else self.age_clock() - self._last_success
 
     def state(self) -> str:
-        """One of: ok; starting, before the first success; stale; paused, while polls are left out."""
+        """One of: ok; starting, before the first success; stale; paused, while there are no polls."""
         age = self.age()
         if self.paused:
             return "paused"
@@ -171,12 +171,12 @@ class Status:
         archive = self.archive
         write_errors, last_write = (archive.write_errors, archive.last_write) if archive else (None, None)
         metrics = [
-            metric("clients", "Open clients.", self.client_count),
-            metric("clients_by_format", "Open clients, by how they are written to.", by("format", self.clients)),
+            metric("clients", "Connected clients.", self.client_count),
+            metric("clients_by_format", "Connected clients, by the format of their feed.", by("format", self.clients)),
             metric("max_clients", "Clients allowed; the next one is refused.", self.max_clients),
-            metric("clients_accepted_total", "Clients that were let in.", self.clients_accepted),
+            metric("clients_accepted_total", "Clients that were accepted.", self.clients_accepted),
             metric("clients_refused_total", "Requests for the feed that were refused.", by("reason", self.refused)),
-            metric("clients_dropped_total", "Clients that the server hung up on.", by("reason", self.dropped)),
+            metric("clients_dropped_total", "Clients that the server dropped.", by("reason", self.dropped)),
             metric("messages_sent_total", "Messages handed to the network.", self.messages_sent),
             metric("held_bytes", "Bytes held for connections, received or to be sent.", self.held_bytes),
             metric("polls_total", "Polls of the price source.", by("result", self.polls)),
@@ -185,7 +185,7 @@ class Status:
             metric("last_success_timestamp_seconds", "Last successful poll; 0 for none.", self._last_success_time),
             metric("interval_seconds", "From one poll to the next.", self.interval),
             metric("stale_after_seconds", "Age from which on prices count as stale.", self.stale_after),
-            metric("paused", "1 while polls are left out because nobody listens.", int(self.paused)),
+            metric("paused", "1 while the server does not poll because no client is connected.", int(self.paused)),
             metric("credits_used", "Credits used, as CoinAPI last said.", self._credits_used),
             metric("credits_left", "Credits left, as CoinAPI last said; billed below 0.", self._credits_left),
             metric("price", "Last price of one asset, in the quote currency.", prices),
@@ -207,7 +207,7 @@ class Status:
         return samples | {"_sum": self._poll_seconds, "_count": sum(self._polls_within)}
 
     def _count_open_files(self) -> int:
-        """As the system lists them; with many connections, these and as many other files as at the last listing."""
+        """As the system lists them; with many connections, these and the other files of the last listing."""
         connections = self.client_count + self.visitors
         if connections <= MAX_LISTED:
             try:
@@ -217,7 +217,6 @@ class Status:
         return self._other_files + connections
 
     def _without_price(self) -> list[str]:
-        """The assets that never had a price."""
         return [asset for asset in self.prices.assets if asset not in self.prices.latest]
 
 

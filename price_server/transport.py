@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from .connection import Connection, State
 from .loop import Loop, RateLimitedLog
 
-ACCEPT_AT_ONCE = 256  # connections of one round: with fewer, a long round would let the kernel's queue overflow
+ACCEPTS_PER_ROUND = 256  # with fewer, a long round would let the kernel's queue overflow
 ACCEPT_SECONDS = 0.05  # or as many as come in so long: each may bring commands, or ask for the history
 CLIENT_TURN = 512  # bytes received from a client in one turn: 85 pings
 VISITOR_TURN = 4 << 10  # bytes received from a visitor in one turn: most requests
@@ -62,8 +62,8 @@ class ConnectionHandler(Protocol):
     def connection_made(self, connection: Connection) -> None: ...
     def data_received(self, connection: Connection, data: bytes) -> None: ...
     def flush(self, connection: Connection) -> None: ...  # its socket has room
-    def close(self, connection: Connection) -> None: ...  # its peer has hung up
-    def attempt(self, step: Callable[[Connection], None], connection: Connection) -> None: ...
+    def close(self, connection: Connection) -> None: ...  # its peer has closed
+    def attempt(self, action: Callable[[Connection], None], connection: Connection) -> None: ...
 
 
 class Transport:
@@ -73,7 +73,7 @@ class Transport:
         self._accepting = False
 
     def serve(self, data: Any, events: int) -> None:
-        """A socket is ready. An event counts only for the connection that it was registered for."""
+        """A socket is ready. An event of a connection that was closed earlier in the same batch is ignored."""
         if data is None:  # the listener
             return  # `accept` comes after all events: earlier, it would evict visitors whose request has arrived
         if events & data.watched & READ:
@@ -106,7 +106,7 @@ class Transport:
     def accept(self) -> None:
         """Accept the connections that wait, at most 256 and for 50 ms, and receive what they have sent."""
         began = time.monotonic()
-        for number in range(ACCEPT_AT_ONCE):
+        for number in range(ACCEPTS_PER_ROUND):
             if not (self._listener and self._accepting) or (number and time.monotonic() > began + ACCEPT_SECONDS):
                 return
             try:
@@ -115,7 +115,7 @@ class Transport:
                 return
             except OSError as error:
                 if error.errno in NO_DESCRIPTOR:
-                    # The connection stays in the kernel's queue, and `select` would return at once, again and again.
+                    # The connection stays in the kernel's queue, and every `select` would return immediately.
                     self.pause_accepting()
                     self._log.warn("exhausted", f"cannot accept clients for now: {error.strerror or error}")
                 return
@@ -175,7 +175,6 @@ class Transport:
         connection.watched = events
 
     def close(self, connection: Connection) -> None:
-        """Close the socket; the connection has ended."""
         if connection.watched:
             self._loop.unregister(connection.socket)
             connection.watched = 0

@@ -1,3 +1,3 @@
-"""The version, as --version, /healthz and /metrics tell it."""
+"""The version, as --version, /healthz and /metrics show it."""
 
 __version__ = "2.0.0"

@@ -47,10 +47,10 @@ PATHS = "/, /ws, /stream, /prices, /history, /healthz and /metrics"
 
 
 class Response(NamedTuple):
-    """A whole HTTP response, the last thing that its connection gets."""
+    """A whole HTTP response, the last bytes of its connection."""
 
     head: bytes
-    body: Iterable[bytes]  # a list, whose pieces many responses may share, or an iterator that makes each when taken
+    body: Iterable[bytes]  # a list, whose pieces many responses may share, or an iterator that makes each when read
     status: int
     refused: str = ""  # why a request for the feed was refused
 
@@ -187,7 +187,7 @@ class Site:
             return self._route(request)
         except HttpError as error:
             body = json.dumps({"error": str(error)}).encode()
-            response = self._send(request, body, status=error.status, headers=error.headers)
+            response = self._make_response(request, body, status=error.status, headers=error.headers)
             return response._replace(refused=error.refused)
 
     def _route(self, request: Request) -> Response | NewClient:
@@ -199,14 +199,14 @@ class Site:
             case ["", "prices"]:
                 return self._prices_response(request)
             case ["", "prices", asset_id]:
-                return self._send(request, self._price(asset_id.upper()))
+                return self._make_response(request, self._price(asset_id.upper()))
             case ["", "history"]:
                 return self._history_response(request)
             case ["", "healthz"]:
                 status = 200 if self.status.state() in ("ok", "paused") else 503
-                return self._send(request, json.dumps(self.status.health()).encode(), status=status)
+                return self._make_response(request, json.dumps(self.status.health()).encode(), status=status)
             case ["", "metrics"]:
-                return self._send(request, self.status.metrics().encode(), headers={"Content-Type": METRICS})
+                return self._make_response(request, self.status.metrics().encode(), headers={"Content-Type": METRICS})
         return self._page(request)
 
     # The feed
@@ -227,7 +227,7 @@ class Site:
         """Server-Sent Events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
         assets = self._requested_assets(request, refused="asset")
         self.check_admission(request)
-        # It ends with its connection: HAProxy cuts a chunked one after `timeout server`.
+        # Not chunked, it ends when the connection closes: HAProxy cuts a chunked one after `timeout server`.
         head = self._head(request, 200, {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
         if request.method == "HEAD":
             return Response(head, [], 200)
@@ -245,7 +245,7 @@ class Site:
     def _prices_response(self, request: Request) -> Response:
         texts = self.prices.texts
         messages = [texts[asset] for asset in self._requested_assets(request) if asset in texts]
-        return self._send(request, f"[{','.join(messages)}]".encode())
+        return self._make_response(request, f"[{','.join(messages)}]".encode())
 
     def _price(self, asset_id: str) -> bytes:
         if asset_id in self.prices.texts:
@@ -262,7 +262,7 @@ class Site:
         assets = self._requested_assets(request)
         match (request.query_values("format") or ["json"])[-1]:
             case "json":
-                return self._send(request, *self.history.json_pieces(range_name, assets))
+                return self._make_response(request, *self.history.json_pieces(range_name, assets))
             case "csv":
                 name = f"prices-{range_name}-{self.status.quote}.csv"
                 headers = {"Content-Type": CSV, "Content-Disposition": f'attachment; filename="{name}"'}
@@ -297,7 +297,7 @@ class Site:
         known = [tag.removeprefix("w/") for tag in request.tokens("if-none-match")]
         if "*" in known or file.etag.removeprefix("W/") in known:
             return Response(self._head(request, 304, headers), [], 304)
-        return self._send(request, file.body, headers={"Content-Type": file.content_type} | headers)
+        return self._make_response(request, file.body, headers={"Content-Type": file.content_type} | headers)
 
     def _options(self, request: Request) -> Response:
         """CORS preflight: https://fetch.spec.whatwg.org/#cors-preflight-fetch."""
@@ -320,7 +320,7 @@ class Site:
 
     # HTTP
 
-    def _send(
+    def _make_response(
         self, request: Request, *body: bytes, status: int = 200, headers: dict[str, str] | None = None
     ) -> Response:
         """A response of known length, JSON unless a header says otherwise; HEAD gets the same without its body."""
@@ -363,7 +363,7 @@ def _checked_key(request: Request) -> str:
 
 @lru_cache
 def _head_start(status: int, second: int, caching: str) -> str:
-    """What every response of this status begins with for a second."""
+    """The lines that all responses of this status have in common within one second."""
     return (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         "Server: price-server\r\n"

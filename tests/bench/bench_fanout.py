@@ -121,7 +121,7 @@ class Crowd(Child):
         self.tell("drain", seconds + 10, quiet=quiet, seconds=seconds)
 
     def expect(self, check: bool = False) -> None:
-        """Back as soon as the reader waits for a round, which `hear` then tells; check: byte by byte."""
+        """Back as soon as the reader waits for a round, which `receive` then tells; check: byte by byte."""
         frames = self.setup.frames()
         self.tell("round", ROUND_TIMEOUT, poll=len(frames), expected=frames.hex() if check else "")
 
@@ -143,7 +143,7 @@ class Contender:
 
     def start(self) -> None:
         """Wait until the server serves."""
-        self.crowd.port = self.server.hear()["port"]
+        self.crowd.port = self.server.receive()["port"]
         self.before = self.usage()
 
     def usage(self) -> tuple[int, int]:
@@ -173,7 +173,7 @@ class Contender:
     def round(self, check: bool = False) -> None:
         self.crowd.expect(check)
         start = self.server.ask("send")["start"]
-        end = self.crowd.hear()
+        end = self.crowd.receive()
         if not check:
             self.times.append(end["last"] - start)
             self.p99.append(end["p99"] - start)
@@ -342,7 +342,7 @@ def show_tracker(setup: Setup, clients: int, polls: int, seconds: float) -> None
         times = []
         for number in range(1 + polls):
             crowd.expect(check=number == 0)
-            times.append(crowd.hear()["last"] - coin_api.answered_at)
+            times.append(crowd.receive()["last"] - coin_api.answered_at)
     with ExitStack() as stack:
         (_, empty, _), (_, full, crowd) = (start_tracker(stack, setup, "5") for _ in range(2))
         crowd.connect(clients)

@@ -55,7 +55,7 @@ def connect(stack: ExitStack, server: PriceServer, clients: int, what: str, read
     """Bytes of process memory that a client of this kind takes."""
     before = psutil.Process().memory_info().rss
     readers = stack.enter_context(Clients(__file__, what, server.port, clients, int(reads)))
-    assert readers.hear() == "open"
+    assert readers.receive() == "open"
     return (psutil.Process().memory_info().rss - before) / clients
 
 

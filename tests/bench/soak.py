@@ -81,7 +81,7 @@ class Run(Promises):
             wait_for(lambda: source.good > 3)
             before = t.usage()
             with Clients(CLIENTS, "soak", t.port, self.clients, self.seconds) as crowd:
-                crowd.hear()  # all have connected
+                crowd.receive()  # all have connected
                 self.make_trouble(source, t)
                 source.fail("the end", 1 << 30)
                 wait_for(lambda: source.bad["the end"], 30)  # so the good answer before it is published
@@ -153,9 +153,9 @@ class Run(Promises):
     def check_log(self, source: Source, tracker: Tracker) -> None:
         strange = [line for line in tracker.log if not LOG_LINE.fullmatch(line)]
         self.check(not strange, f"log: {strange[:5]}")
-        # A burst is a warning and its end, also for the assets where these have no sound rate; DOT is missed and back;
+        # A burst is a warning and its end, also for the assets where these have no valid rate; DOT is missed and back;
         # the start and the stop have two each.
-        lines = 2 * (self.bursts + 1 + source.bad["no sound rate"]) + 2 * (source.good // WITHOUT_DOT) + 4
+        lines = 2 * (self.bursts + 1 + source.bad["no valid rate"]) + 2 * (source.good // WITHOUT_DOT) + 4
         self.check(len(tracker.log) <= lines, f"log: more than {lines} lines: {tracker.log}")
         self.check(KEY not in tracker.text, "log: shows the key")
 
@@ -195,7 +195,7 @@ class Storm(Promises):
         began = time.monotonic()
         samples = [feed.usage]
         with Lateness() as lateness, Clients(CLIENTS, "storm", feed.tracker.port, *numbers) as clients:
-            clients.hear()  # all have connected
+            clients.receive()  # all have connected
             connected = time.monotonic()
             while time.monotonic() < connected + self.seconds:
                 samples.append(feed.tracker.usage())

@@ -75,7 +75,7 @@ TROUBLES: dict[str, Callable[[Source, BaseHTTPRequestHandler], None]] = {
     "403, out of credits": _status(403, json.dumps(OUT_OF_CREDITS).encode()),
     "redirect": _status(302, Location="http://127.0.0.1:9/"),
     "not JSON": _status(200, b"<html>"),
-    "no sound rate": _status(200, b'{"rates": [{"asset_id_quote": "BTC", "rate": null, "time": "x"}]}'),
+    "no valid rate": _status(200, b'{"rates": [{"asset_id_quote": "BTC", "rate": null, "time": "x"}]}'),
     "over 1 MiB": _status(200, b" " * (1 << 20) + b"{}"),
     "no HTTP": _raw(b"\x16\x03\x01 no HTTP at all\r\n\r\n"),
     "half an answer": _raw(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"rates": ['),

@@ -73,7 +73,7 @@ def crowd(tmp_path: Path) -> Iterator[Crowd]:
         yield Crowd(stack, Setup(MESSAGES, "", compile_programs(str(tmp_path))), in_flight=1)
 
 
-def hear_of(crowd: Crowd, sent: bytes) -> dict[str, float]:
+def reply_to(crowd: Crowd, sent: bytes) -> dict[str, float]:
     """What the readers say of a round in which their one client got these bytes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         crowd.port = listener.getsockname()[1]
@@ -85,17 +85,17 @@ def hear_of(crowd: Crowd, sent: bytes) -> dict[str, float]:
         with client:
             assert client.recv(4096).startswith(b"GET /ws HTTP/1.1\r\n")
             client.sendall(ANSWER)
-            crowd.hear()
+            crowd.receive()
             crowd.expect(check=True)
             client.sendall(sent)
-            return crowd.hear()
+            return crowd.receive()
 
 
 @pytest.mark.parametrize(
     "sent", [FRAMES, b"\x89\x00" + FRAMES, FRAMES + b"\x89\x00"], ids=["poll", "ping", "ping last"]
 )
 def test_readers_take_a_poll_and_answer_pings(crowd: Crowd, sent: bytes):
-    assert hear_of(crowd, sent)["last"] > 0
+    assert reply_to(crowd, sent)["last"] > 0
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_readers_take_a_poll_and_answer_pings(crowd: Crowd, sent: bytes):
 )
 def test_readers_notice_every_wrong_byte(crowd: Crowd, sent: bytes):
     with pytest.raises(Trouble, match="a client got"):
-        hear_of(crowd, sent)
+        reply_to(crowd, sent)

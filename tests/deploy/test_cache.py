@@ -17,7 +17,7 @@ from proxies import Certificate, HAProxy, Nginx, connect, deployed, free_port, g
 from running import Tracker, outside, wait_for
 from stand_in import KEY, StandIn, rates_body
 
-from coin_api import ANSWER_TIMEOUT
+from coin_api import RESPONSE_TIMEOUT
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_three_trackers_cost_one_request_per_interval(coin_api: StandIn, cache: 
         assert request.headers["Accept-Encoding"] is None
 
 
-def test_while_coinapi_fails_trackers_say_stale_and_nobody_is_disconnected_or_kept_out(
+def test_while_coinapi_fails_trackers_say_stale_and_no_client_is_disconnected_or_refused(
     coin_api: StandIn, cache: Nginx, certificate: Certificate, tmp_path: Path
 ) -> None:
     (tmp_path / "haproxy").mkdir()
@@ -154,7 +154,7 @@ def test_cache_gives_up_on_coinapi_before_a_tracker_gives_up_on_the_cache() -> N
     most = [
         re.findall(rf"^ +{name}_timeout (\d+)s;", text, re.M) for name in ("resolver", "proxy_connect", "proxy_read")
     ]
-    assert sum(int(seconds) for (seconds,) in most) < ANSWER_TIMEOUT
+    assert sum(int(seconds) for (seconds,) in most) < RESPONSE_TIMEOUT
 
 
 def test_cache_does_not_give_the_key_to_a_host_without_the_right_certificate(
@@ -182,7 +182,7 @@ def test_trackers_are_told_fast_by_the_cache_that_the_name_does_not_resolve(
     assert "rest.coinapi.io could not be resolved" in cache.errors()
 
 
-def test_what_is_no_request_for_prices_is_answered_in_json_too(coin_api: StandIn, cache: Nginx) -> None:
+def test_other_requests_than_for_prices_get_json_too(coin_api: StandIn, cache: Nginx) -> None:
     status, body, headers = get(f"http://127.0.0.1:{cache.port}/v1/other")
     assert (status, list(json.loads(body)), headers["content-type"]) == (404, ["error"], "application/json")
     coin_api.server.shutdown()

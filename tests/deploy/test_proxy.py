@@ -348,7 +348,7 @@ def test_all_of_an_ipv6_network_counts_as_one_address(certificate: Certificate, 
         assert statuses == [b"101", b"101", b"429", b"101"]
 
 
-def test_clients_that_ask_for_nothing_are_hung_up_on(certificate: Certificate, tmp_path: Path) -> None:
+def test_clients_that_send_no_request_are_disconnected(certificate: Certificate, tmp_path: Path) -> None:
     """Here after 1 s instead of 10."""
     change = ("timeout http-request 10s", "timeout http-request 1s")
     with HAProxy(tmp_path, [free_port()] * 3, certificate, change) as proxy:

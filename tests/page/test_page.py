@@ -532,7 +532,7 @@ def test_axe_finds_nothing_in_any_state_and_theme(page: Page, start_server: Star
         wait_for(lambda: server.clients, what=f"{neighbour} in the only place")
     if state != "Waiting for the first prices":
         prices(server, 110.0)
-    server.report_failure("no answer from CoinAPI: no connection within 3 s")
+    server.report_failure("no response from CoinAPI: no connection within 3 s")
     clock.ahead = 0
     at_once = {
         "Connecting …": "Live",

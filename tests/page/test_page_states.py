@@ -288,10 +288,10 @@ def test_the_page_comes_back_at_once_when_the_browser_comes_online(page: Page, s
 
 def test_a_server_without_prices_yet_is_waited_for(page: Page, server: PriceServer) -> None:
     page.expect(NOT_READY)
-    server.report_failure("no answer from CoinAPI: no connection within 3 s")
+    server.report_failure("no response from CoinAPI: no connection within 3 s")
     page.visit(server.port, "Waiting for the first prices")
     assert page.part("price") == ["–"] * 10
-    assert page.first("#reason").text == "Last error: no answer from CoinAPI: no connection within 3 s"
+    assert page.first("#reason").text == "Last error: no response from CoinAPI: no connection within 3 s"
     assert page.browser.title == "Prices"
     prices(server, 2.0)
     page.wait_for_state("Live")

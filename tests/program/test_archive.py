@@ -343,7 +343,7 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(past: Start, filled: 
         ("unexpected", True),
     ],
 )
-def test_a_disk_that_takes_nothing_costs_one_warning_and_no_point(
+def test_a_full_disk_causes_one_warning_and_loses_no_point(
     past: Start, file: Path, disk: type[Disk], log: Log, error: str, opened_again: bool
 ) -> None:
     history = past(file)
@@ -466,7 +466,7 @@ def test_a_file_replaced_by_a_stranger_is_left_alone_and_the_past_stays(past: St
     assert rows(file, "SELECT price FROM points WHERE step = 10 AND asset = 'BTC'") == [("1",), ("2",)]
 
 
-def test_a_disk_that_hangs_keeps_nobody_waiting(file: Path, disk: type[Disk], log: Log) -> None:
+def test_a_disk_that_hangs_blocks_no_other_thread(file: Path, disk: type[Disk], log: Log) -> None:
     disk.gate.clear()
     begin = time.monotonic()
     history = Past(file)

@@ -58,20 +58,20 @@ def drip(kind: str) -> Callable[[BaseHTTPRequestHandler], None]:
 
 @pytest.mark.parametrize("kind", DRIPS)
 def test_the_deadline_holds_for_the_whole_answer(coin_api: StandIn, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 0.2)
     coin_api.answer = drip(kind)
     started = time.monotonic()
     error = error_of(CoinApi(KEY, url=coin_api.url))
-    assert (str(error), error.cause) == ("no answer from CoinAPI: not complete within 0.2 s", "timeout")
+    assert (str(error), error.cause) == ("no response from CoinAPI: not complete within 0.2 s", "timeout")
     assert time.monotonic() - started < 1.8, "when the last byte had come"
 
 
 def test_the_limits_are_3_s_to_connect_10_s_to_answer_and_1_mib() -> None:
-    assert (module.CONNECT_TIMEOUT, module.ANSWER_TIMEOUT, module.MAX_ANSWER) == (3.0, 10.0, 1 << 20)
+    assert (module.CONNECT_TIMEOUT, module.RESPONSE_TIMEOUT, module.MAX_RESPONSE) == (3.0, 10.0, 1 << 20)
 
 
 def test_the_next_request_has_a_deadline_of_its_own(coin_api: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 0.2)
     api = CoinApi(KEY, url=coin_api.url)
     started = time.monotonic()
     while time.monotonic() - started < 0.5:  # on one connection, kept alive
@@ -97,7 +97,7 @@ def test_an_answer_over_1_mib_is_not_taken_in(
 ) -> None:
     coin_api.answer = answer
     memory = psutil.Process().memory_info().rss
-    assert str(error_of(CoinApi(KEY, url=coin_api.url))) == "CoinAPI's answer is larger than 1048576 bytes"
+    assert str(error_of(CoinApi(KEY, url=coin_api.url))) == "CoinAPI's response is larger than 1048576 bytes"
     if answer is endless:  # the bomb is made in this process too
         assert psutil.Process().memory_info().rss - memory < 20 << 20
 
@@ -108,10 +108,10 @@ def test_what_is_wrong_with_the_connection_is_named(coin_api: StandIn) -> None:
     assert "Error -3 while decompressing data: incorrect header check" in str(error_of(api))
     assert error_of(api).cause == "bad_answer"
     coin_api.answer = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)
-    assert str(error_of(api)).startswith("no answer from CoinAPI: ")
+    assert str(error_of(api)).startswith("no response from CoinAPI: ")
 
 
-def test_an_answer_cut_off_half_way_is_no_answer(coin_api: StandIn) -> None:
+def test_a_response_cut_off_half_way_is_a_failed_poll(coin_api: StandIn) -> None:
     def cut_off(handler: BaseHTTPRequestHandler) -> None:
         body = rates_body(RATES)
         handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body[:-9]))
@@ -169,7 +169,7 @@ def reset_after_the_first_byte(client: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("end", [reset, close])
-def test_a_kept_connection_that_is_lost_at_the_next_request_costs_no_poll(end: Callable[[socket.socket], None]) -> None:
+def test_a_kept_connection_that_is_lost_at_the_next_request_loses_no_poll(end: Callable[[socket.socket], None]) -> None:
     with LosesConnections(end) as server:
         api = CoinApi(KEY, url=f"http://{server.address}")
         assert [api.fetch_prices(("BTC",))[0].price for _ in range(4)] == [2.5] * 4
@@ -200,7 +200,7 @@ def test_a_new_connection_that_is_lost_is_a_failed_poll_and_so_is_a_second_loss(
 
 
 def test_what_is_sent_again_has_the_rest_of_the_same_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 2.0)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 2.0)
 
     def close_late(client: socket.socket) -> None:
         time.sleep(1.4)
@@ -231,7 +231,7 @@ def test_a_refused_connection_is_named_without_addresses_that_change(coin_api: S
     api = CoinApi(KEY, url=coin_api.url)
     coin_api.server.shutdown()
     coin_api.server.server_close()
-    assert str(error_of(api)) == "no answer from CoinAPI: Connection refused"
+    assert str(error_of(api)) == "no response from CoinAPI: Connection refused"
     assert error_of(api).cause == "connection"
 
 
@@ -245,7 +245,7 @@ def test_a_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.Mon
         error = error_of(CoinApi(KEY, url=f"http://127.0.0.1:{full.getsockname()[1]}"))
         for client in waiting:
             client.close()
-    assert (str(error), error.cause) == ("no answer from CoinAPI: no connection within 0.2 s", "timeout")
+    assert (str(error), error.cause) == ("no response from CoinAPI: no connection within 0.2 s", "timeout")
 
 
 # Where the key, or what a terminal would obey, could come from: all that a server or a proxy says.
@@ -277,7 +277,7 @@ def test_no_error_shows_the_key_or_control_characters_wherever_they_come_from(
     coin_api.answer = send
     api = CoinApi(KEY, url=coin_api.url)
     error = error_of(api)
-    assert str(error).startswith(("no answer from CoinAPI: ", "CoinAPI answered "))
+    assert str(error).startswith(("no response from CoinAPI: ", "CoinAPI answered "))
     assert str(error).isprintable()
     assert len(str(error)) < 300
     shown = "".join(traceback.format_exception(error)) + caplog.text + repr(error) + repr(api)
@@ -325,7 +325,7 @@ def over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority.bundle)
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 0.5)
     with StandIn(tls=authority.context()) as stand_in:
         yield stand_in
 
@@ -387,7 +387,7 @@ def test_a_wrong_certificate_gets_no_key_and_is_named(
     other = authority if issuer == "known" else Authority(trustme.CA(), "")
     with StandIn(tls=other.context(name)) as stand_in:
         error = error_of(CoinApi(KEY, url=stand_in.url))
-        assert str(error).startswith("no answer from CoinAPI: [SSL: CERTIFICATE_VERIFY_FAILED]")
+        assert str(error).startswith("no response from CoinAPI: [SSL: CERTIFICATE_VERIFY_FAILED]")
         assert said in str(error)
         assert stand_in.requests == []
 
@@ -402,13 +402,13 @@ def test_a_bundle_that_is_not_there_is_a_failed_poll(over_tls: StandIn, monkeypa
 def test_the_deadline_holds_over_tls_and_through_a_proxy(
     over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, proxied: bool, kind: str
 ) -> None:
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 0.2)
     over_tls.answer = drip(kind)
     with Proxy() as proxy:
         if proxied:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         started = time.monotonic()
-        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: not complete within 0.2 s"
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no response from CoinAPI: not complete within 0.2 s"
         assert time.monotonic() - started < 1.8
         assert len(proxy.asked) == proxied
 
@@ -458,16 +458,16 @@ def test_a_proxy_that_cannot_be_one_is_a_failed_poll_without_its_password(
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: "])
-def test_a_proxy_that_drips_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
+def test_a_proxy_that_drips_times_out(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
-    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 3.0)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 3.0)
     with Proxy(says, drips=True) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no answer from CoinAPI: no connection within 0.2 s"
+        assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no response from CoinAPI: no connection within 0.2 s"
 
 
-def test_a_tls_handshake_that_does_not_end_is_no_connection(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tls_handshake_that_does_not_end_times_out(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         api = CoinApi(KEY, url=f"https://127.0.0.1:{silent.getsockname()[1]}")
-        assert str(error_of(api)) == "no answer from CoinAPI: no connection within 0.2 s"
+        assert str(error_of(api)) == "no response from CoinAPI: no connection within 0.2 s"

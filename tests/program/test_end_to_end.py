@@ -69,7 +69,7 @@ def test_the_feed_goes_on_as_soon_as_a_trouble_is_over(coin_api: StandIn) -> Non
     troubles: list[tuple[Callable[[BaseHTTPRequestHandler], None], str]] = [
         (lambda handler: coin_api.send(handler, b'{"error":"Invalid API key"}', 401), "refused the key"),
         (lambda handler: coin_api.send(handler, b"<h1>Bad\ngateway</h1>", 502), "answered 502: <h1>Bad gateway</h1>"),
-        (cut_off, "no answer from CoinAPI"),
+        (cut_off, "no response from CoinAPI"),
     ]
     with tracking(coin_api, "--interval", "0.2") as tracker, feed(tracker) as client:
         poll_of(client)
@@ -153,7 +153,7 @@ def test_no_thread_but_main_takes_the_signals_that_it_waits_for() -> None:
 # Signals
 
 
-def test_control_c_while_the_program_loads_is_no_traceback(tmp_path: Path) -> None:
+def test_control_c_while_the_program_loads_prints_no_traceback(tmp_path: Path) -> None:
     slow = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n"
     (tmp_path / "requests.py").write_text(slow)
     tracker = Tracker("--demo", PYTHONPATH=str(tmp_path))

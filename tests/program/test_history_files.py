@@ -326,7 +326,7 @@ def test_a_file_that_cannot_be_used_is_wrong_usage(tmp_path: Path, file: Path) -
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no disk can be made full for a process here")
-def test_a_full_disk_costs_the_clients_nothing(file: Path, track: Callable[..., Tracker]) -> None:
+def test_a_full_disk_affects_no_client(file: Path, track: Callable[..., Tracker]) -> None:
     tracker = track()
     client = Honest(tracker)
     client.wait_for_polls(3)

@@ -58,8 +58,8 @@ def fail(error: BaseException) -> Iterator[PriceUpdate]:
         (lambda: {"": ""}["rates\nand more"], r"ERROR unexpected KeyError: 'rates\nand more'"),
         (lambda: None, "ERROR unexpected TypeError: 'NoneType' object is not iterable"),
         (lambda: fail(SystemExit("bye")), "ERROR unexpected SystemExit: bye"),
-        (lambda: [], "ERROR no sound price for BTC: not in the answer"),
-        (lambda: [PriceUpdate("BTC", math.nan, "t")], "ERROR no sound price for BTC: price nan"),
+        (lambda: [], "ERROR no valid price for BTC: not in the response"),
+        (lambda: [PriceUpdate("BTC", math.nan, "t")], "ERROR no valid price for BTC: price nan"),
     ],
 )
 def test_once_without_prices_of_your_own_source_is_exit_1_and_one_line(
@@ -70,19 +70,19 @@ def test_once_without_prices_of_your_own_source_is_exit_1_and_one_line(
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, -1])
-def test_once_a_price_that_is_not_sound_costs_its_asset_only(run_main: Callable[..., Done], bad: float) -> None:
+def test_once_an_invalid_price_drops_only_its_asset(run_main: Callable[..., Done], bad: float) -> None:
     source = Own(lambda: [None, PriceUpdate("BTC", bad, "t"), PriceUpdate("ETH", 2, "t"), PriceUpdate("DOGE", 1, "t")])
     done = run_main("--once", "--assets", "ETH,BTC", source=source)
     assert (done.status, [json.loads(line)["asset_id"] for line in done.out]) == (0, ["ETH"])
     (line,) = done.log
-    assert re.match(r"WARNING no sound price for BTC: price .*DOGE: not tracked$", line)
+    assert re.match(r"WARNING no valid price for BTC: price .*DOGE: not tracked$", line)
 
 
 def test_once_names_an_asset_that_has_no_price(run_main: Callable[..., Done], coin_api: StandIn) -> None:
     done = run_main("--once", "--assets", "BTC,NOPE", COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
     assert done.status == 0
     assert len(done.out) == 1
-    assert done.log == ["WARNING no sound price for NOPE: not in the answer"]
+    assert done.log == ["WARNING no valid price for NOPE: not in the response"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_once_names_an_asset_that_has_no_price(run_main: Callable[..., Done], co
         (">&-", 1, "ERROR cannot write the prices: stdout is closed"),
     ],
 )
-def test_once_that_cannot_write_is_no_traceback(
+def test_once_that_cannot_write_prints_no_traceback(
     monkeypatch: pytest.MonkeyPatch, where: str, status: int, said: str | None
 ) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it, nothing is left for Python to write at its end

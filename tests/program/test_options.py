@@ -1,4 +1,4 @@
-"""options: each kind of wrong use, its exit status and one plain line."""
+"""options: each kind of wrong usage, its exit status and one plain line."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,9 @@ def test_a_wrong_argument_is_one_line_that_names_it(
 
 
 @pytest.mark.parametrize("environment", [{}, {"COIN_API_KEY": ""}, {"COIN_API_KEY": "  "}])
-def test_no_key_says_what_to_set_and_is_no_demo(run_main: Callable[..., Done], environment: dict[str, str]) -> None:
+def test_no_key_says_what_to_set_and_does_not_start_the_demo(
+    run_main: Callable[..., Done], environment: dict[str, str]
+) -> None:
     done = run_main("--once", **environment)
     assert (done.status, done.out) == (2, [])
     assert done.log == [
@@ -57,7 +59,7 @@ def test_no_key_says_what_to_set_and_is_no_demo(run_main: Callable[..., Done], e
     ]
 
 
-def test_http_to_another_machine_is_wrong_use(run_main: Callable[..., Done]) -> None:
+def test_http_to_another_machine_is_wrong_usage(run_main: Callable[..., Done]) -> None:
     done = run_main("--once", COIN_API_KEY=KEY, COIN_API_URL="http://example.org")
     assert done.status == 2
     (line,) = done.log
@@ -66,7 +68,7 @@ def test_http_to_another_machine_is_wrong_use(run_main: Callable[..., Done]) -> 
     assert KEY not in line
 
 
-def test_a_key_that_no_header_can_carry_is_wrong_use(run_main: Callable[..., Done]) -> None:
+def test_a_key_that_no_header_can_carry_is_wrong_usage(run_main: Callable[..., Done]) -> None:
     done = run_main("--once", COIN_API_KEY="my secret")
     assert done.status == 2
     assert "secret" not in done.log[0]

@@ -103,8 +103,8 @@ def test_the_alert_runs_its_command_each_time_the_price_crosses_the_line(tmp_pat
 
 
 def test_your_own_source_takes_any_json_address(tmp_path: Path, coin_api: StandIn) -> None:
-    unsound = b'"ETH": null, "BCH": "n/a", "ADA": NaN, "LTC": 0, "LINK": -1, "XLM": true'
-    coin_api.say(b'{"BTC": 45000, "XRP": 0.5, %b}' % unsound)
+    invalid = b'"ETH": null, "BCH": "n/a", "ADA": NaN, "LTC": 0, "LINK": -1, "XLM": true'
+    coin_api.say(b'{"BTC": 45000, "XRP": 0.5, %b}' % invalid)
     text = block("python", "class MyPrices")
     own = program(tmp_path, "mine.py", text, ("https://prices.example.org/usd.json", coin_api.url))
     with Tracker("--interval", "0.3", program=str(own), PYTHONPATH=str(ROOT)) as tracker:
@@ -118,7 +118,7 @@ def test_your_own_source_takes_any_json_address(tmp_path: Path, coin_api: StandI
         tracker.wait_for_log("WARNING no prices: no answer from my prices: ")
 
 
-def test_a_callback_that_waits_in_another_thread_delays_nobody(
+def test_a_callback_that_waits_in_another_thread_delays_no_client(
     server: PriceServer, updates: Callable[[float], list[PriceUpdate]]
 ) -> None:
     waiting, go_on = threading.Event(), threading.Event()

@@ -153,7 +153,7 @@ def test_the_start_up_lines_name_the_addresses_and_what_the_interval_costs(
     monkeypatch.setattr(FakePriceServer, "run_forever", lambda server, threaded: setattr(server, "is_over", True))
     done = run_main(*flags.split(), COIN_API_KEY=KEY, COIN_API_URL=coin_api.url)
     everywhere = ", on all addresses of this machine" if "--demo" in flags else ""
-    first = f"INFO dashboard http://{address}:4711/ and WebSocket ws://{address}:4711/ws{everywhere}"
+    first = f"INFO page http://{address}:4711/ and WebSocket ws://{address}:4711/ws{everywhere}"
     assert done.log[:2] == [first, f"INFO {what}"]
 
 

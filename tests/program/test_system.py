@@ -54,7 +54,7 @@ class Stderr:
         return [line.partition(" ")[2] for line in self.lines]
 
 
-def test_a_stderr_whose_disk_is_full_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stderr_whose_disk_is_full_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(system, "STDERR", full.fileno())
         system._write("nobody can be told")
@@ -95,7 +95,7 @@ def test_lines_are_written_in_order_by_a_thread_of_that_name(start_log: Callable
     assert stderr.texts == [f"INFO line {number}" for number in range(100)]
 
 
-def test_a_stderr_that_nobody_reads_holds_nobody_up_and_what_is_lost_is_told(
+def test_a_stderr_that_nobody_reads_blocks_no_thread_and_lost_lines_are_counted(
     start_log: Callable[..., tuple[Log, Stderr]],
 ) -> None:
     log, stderr = start_log(is_open=False, max_waiting=10)
@@ -270,7 +270,7 @@ class NotifySocket:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(self.address if is_file else "\0" + self.address[1:])
 
-    def hear(self, seconds: float = 10.0) -> str:
+    def receive(self, seconds: float = 10.0) -> str:
         self.socket.settimeout(seconds)
         return self.socket.recv(4096).decode()
 
@@ -293,10 +293,10 @@ def systemd(tmp_path: Path) -> Iterator[NotifySocket]:
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_systemd_hears_ready_signs_of_life_and_the_stop(tmp_path: Path, is_file: bool) -> None:
+def test_systemd_receives_ready_signs_of_life_and_the_stop(tmp_path: Path, is_file: bool) -> None:
     systemd = NotifySocket(tmp_path, is_file)
     with systemd.socket, Tracker("--demo", NOTIFY_SOCKET=systemd.address, WATCHDOG_USEC="1200000") as tracker:
-        heard = [systemd.hear() for _ in range(4)]
+        heard = [systemd.receive() for _ in range(4)]
         assert sorted(heard) == ["READY=1", *["WATCHDOG=1"] * 3]
         assert tracker.stop() == 0
         assert systemd.hear_all()[-1] == "STOPPING=1"
@@ -312,11 +312,11 @@ def test_ready_waits_for_the_first_poll_and_no_longer_than_2_s(coin_api: StandIn
     coin_api.answer = answer_late
     with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url, NOTIFY_SOCKET=systemd.address) as tracker:
         # The block has begun, so the start-up lines are there, without an answer.
-        assert systemd.hear() == "READY=1"
+        assert systemd.receive() == "READY=1"
         assert requested_ago(coin_api) == pytest.approx(2.0, abs=0.7)
         answer.set()
         assert tracker.stop() == 0
-    assert systemd.hear() == "STOPPING=1"
+    assert systemd.receive() == "STOPPING=1"
 
 
 def requested_ago(coin_api: StandIn) -> float:
@@ -326,7 +326,7 @@ def requested_ago(coin_api: StandIn) -> float:
 def test_a_first_poll_that_fails_is_ready_too(coin_api: StandIn, systemd: NotifySocket) -> None:
     coin_api.say(b"", 503)
     with Tracker(COIN_API_KEY=KEY, COIN_API_URL=coin_api.url, NOTIFY_SOCKET=systemd.address):
-        assert systemd.hear() == "READY=1"
+        assert systemd.receive() == "READY=1"
         assert requested_ago(coin_api) < 1.5
 
 
@@ -375,27 +375,27 @@ def test_no_sign_of_life_from_a_loop_that_hangs(start_server: Callable[..., Pric
         ({}, []),
     ],
 )
-def test_the_watchdog_is_fed_three_times_in_its_time(
+def test_the_watchdog_is_notified_three_times_per_timeout(
     environment: dict[str, str], at: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     fed: list[tuple[float, str]] = []
     systemd = Systemd(environment, clock=lambda: now)
-    monkeypatch.setattr(systemd, "tell", lambda state: fed.append((now, state)))
+    monkeypatch.setattr(systemd, "notify", lambda state: fed.append((now, state)))
     while now < 30:
-        systemd.feed_watchdog()
+        systemd.notify_watchdog()
         now += 0.5
     assert fed == [(second, "WATCHDOG=1") for second in at]
 
 
-def test_a_systemd_that_does_not_read_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_systemd_that_does_not_read_blocks_no_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     systemd = NotifySocket(tmp_path, is_file=True)
     with systemd.socket:
         program = Systemd({"NOTIFY_SOCKET": systemd.address})
 
         def tell() -> None:
             for _ in range(2_000):
-                program.tell("WATCHDOG=1")
+                program.notify("WATCHDOG=1")
 
         thread = threading.Thread(target=tell, daemon=True)
         thread.start()
@@ -405,9 +405,9 @@ def test_a_systemd_that_does_not_read_holds_nobody_up(tmp_path: Path, caplog: py
 
 
 def test_a_systemd_that_does_not_listen_is_one_warning_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    Systemd({"NOTIFY_SOCKET": "/nonexistent"}).tell("READY=1")
+    Systemd({"NOTIFY_SOCKET": "/nonexistent"}).notify("READY=1")
     assert caplog.messages == ["systemd does not receive READY=1: No such file or directory"]
-    Systemd({}).tell("READY=1")
+    Systemd({}).notify("READY=1")
     assert len(caplog.messages) == 1
 
 

@@ -67,7 +67,7 @@ def fail(*_: object) -> None:
 
 
 @pytest.mark.parametrize("bad", [leave, fail])
-def test_a_callback_that_raises_reaches_no_client_and_nobody_is_forgotten(
+def test_a_callback_that_raises_reaches_no_client_and_no_client_is_lost(
     server: PriceServer, errors: list[str], bad: Callable[..., None]
 ) -> None:
     calls: list[str] = []
@@ -205,7 +205,7 @@ def test_what_cannot_be_sent_is_raised_where_it_was_asked_and_nothing_is_sent(se
         assert client.read() == (CLOSE, b"\x03\xe8" + b"x" * 123)
 
 
-def test_a_message_for_a_client_that_has_left_is_no_error_of_the_sender(server: PriceServer) -> None:
+def test_a_message_for_a_client_that_has_left_is_ignored(server: PriceServer) -> None:
     with RawClient(server.port):
         (known,) = server.clients
     gone(server)

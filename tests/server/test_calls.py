@@ -94,7 +94,7 @@ def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: U
     assert server.clients == []
 
 
-def test_threads_that_send_and_publish_across_a_stop_return_and_tear_nothing(
+def test_threads_that_send_and_publish_across_a_stop_return_and_split_no_frame(
     server: PriceServer, updates: Updates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 10.0)  # nobody is cut off: all hang up by themselves

@@ -160,7 +160,7 @@ def test_a_denied_stream_has_its_head_and_ends(server: PriceServer) -> None:
     assert sample(server, "clients_accepted_total") == 0
 
 
-def test_a_slow_one_gets_no_torn_event_and_no_backlog_and_is_dropped_after_30_s(
+def test_a_slow_client_gets_no_partial_event_and_no_backlog_and_is_dropped_after_30_s(
     timed: RiggedServer, updates: Updates
 ) -> None:
     with Stream(timed.port) as other, Stream(timed.port) as slow:

@@ -77,8 +77,8 @@ def test_what_is_not_sound_is_left_out_and_named_once_and_the_others_are_sent(
         assert prices(client, 3) == [("BTC", 1.0), ("BTC", 2.0), ("XRP", 3.0)]
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == [
-        "no sound price for DOGE: not tracked, XRP: price nan, ADA: price 0; clients keep the last one",
-        "no sound price for XRP: price nan; clients keep the last one",
+        "no valid price for DOGE: not tracked, XRP: price nan, ADA: price 0; clients keep the last one",
+        "no valid price for XRP: price nan; clients keep the last one",
     ]
     assert sample(server, 'polls_total{result="success"}') == 3
 
@@ -86,16 +86,16 @@ def test_what_is_not_sound_is_left_out_and_named_once_and_the_others_are_sent(
 def test_an_asset_that_a_poll_leaves_out_is_named_once_until_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "price_server")
     server = PriceServer(("BTC", "ETH"))
-    both, one, unsound = poll(1.0, "BTC", "ETH"), poll(1.0, "BTC"), poll(-1.0, "ETH")
-    for updates in (both, one, one, one + unsound, both, unsound):
+    both, one, invalid = poll(1.0, "BTC", "ETH"), poll(1.0, "BTC"), poll(-1.0, "ETH")
+    for updates in (both, one, one, one + invalid, both, invalid):
         server.publish(updates, expect_all=True)
     server.publish(one)
     server.server_close()
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "no sound price for ETH: not in the answer; clients keep the last one"),
-        ("NOTICE", "a sound price again for ETH"),
-        ("WARNING", "no sound price for BTC: not in the answer, ETH: price -1; clients keep the last one"),
-        ("NOTICE", "a sound price again for BTC"),
+        ("WARNING", "no valid price for ETH: not in the response; clients keep the last one"),
+        ("NOTICE", "a valid price again for ETH"),
+        ("WARNING", "no valid price for BTC: not in the response, ETH: price -1; clients keep the last one"),
+        ("NOTICE", "a valid price again for BTC"),
     ]
 
 
@@ -148,7 +148,7 @@ def test_messages_are_counted_exactly_also_those_that_had_to_wait(rigged: Rigged
 # A full socket
 
 
-def test_200_publishes_to_ragged_sockets_tear_no_frame_and_end_with_the_last_price(
+def test_200_publishes_to_ragged_sockets_split_no_frame_and_end_with_the_last_price(
     timed: RiggedServer, updates: Updates
 ) -> None:
     chance = random.Random(3)

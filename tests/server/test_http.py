@@ -132,7 +132,7 @@ def test_a_response_that_is_not_taken_ends_after_30_s(timed: RiggedServer) -> No
         assert connections(timed) == 0
 
 
-def test_history_fetched_by_four_at_once_costs_no_client_a_price(filled: RiggedServer, updates: Updates) -> None:
+def test_history_fetched_by_four_at_a_time_delays_no_price(filled: RiggedServer, updates: Updates) -> None:
     with honest(filled) as client:
         prices(client, 10)
         for poll in range(1, 13):

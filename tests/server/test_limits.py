@@ -103,7 +103,7 @@ def test_without_a_descriptor_the_listener_rests_until_the_next_housekeeping(
     assert warnings(caplog) == ["cannot accept clients for now: Too many open files"]
 
 
-def test_a_connection_that_is_gone_before_it_is_accepted_is_no_error(
+def test_a_connection_that_is_gone_before_it_is_accepted_is_ignored(
     timed: RiggedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     timed.listener.error = errno.ECONNABORTED
@@ -292,7 +292,7 @@ def test_the_debug_log_tells_who_came_and_left(
     gone(rigged)
     call(rigged, lambda: None)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("client")]
-    assert said == [f"client {told} came, clients connected: 1", "client left, clients connected: 0"]
+    assert said == [f"client {told} connected, clients connected: 1", "client disconnected, clients connected: 0"]
 
 
 # What is refused and counted

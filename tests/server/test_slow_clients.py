@@ -113,7 +113,7 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigge
 # Deadlines
 
 
-def test_the_limits_are_those_of_the_design() -> None:
+def test_the_limits_have_their_documented_values() -> None:
     assert connection.REQUEST_TIMEOUT == 10.0
     assert (connection.DOWNLOAD_TIMEOUT, connection.DOWNLOAD_RATE) == (30.0, 8_192)
     assert (connection.LINGER_TIMEOUT, connection.CLOSE_TIMEOUT) == (2.0, 5.0)
@@ -184,7 +184,7 @@ def an_unfinished_message(server: RiggedServer) -> Callable[[], object]:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_server_waits_so_long_for(
+def test_each_deadline_closes_its_connection_and_no_earlier(
     timed: RiggedServer, begin: Callable[[RiggedServer], Callable[[], object]], limit: float, reason: str
 ) -> None:
     step = begin(timed)  # which moves no deadline

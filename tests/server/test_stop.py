@@ -187,7 +187,7 @@ def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_open(server: Pric
     assert (process.num_fds(), threading.active_count()) == (files, threads)
 
 
-def test_a_server_for_which_there_is_no_selector_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_a_selector_raises_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 

@@ -44,10 +44,10 @@ class Child:
         try:
             print(line, file=self.process.stdin, flush=True)
         except BrokenPipeError:
-            pass  # it ended: `hear` says so
-        return self.hear(seconds)
+            pass  # it ended: `receive` says so
+        return self.receive(seconds)
 
-    def hear(self, seconds: float = TIMEOUT) -> Any:
+    def receive(self, seconds: float = TIMEOUT) -> Any:
         """What it says next. Raises Trouble when that is an `error`, or nothing."""
         assert self.process.stdout
         timer = threading.Timer(seconds, self.process.kill)

@@ -14,7 +14,7 @@ from calling import error_of
 from stand_in import HEADERS, KEY, OUT_OF_CREDITS, RATES, rates_body
 
 from coin_api import CoinApi, CoinApiError, DemoApi, PriceUpdate, one_line
-from price_server.prices import split_sound
+from price_server.prices import split_valid
 
 URL = "https://rest.coinapi.io/v1/exchangerate/USD"
 AT = "2021-10-20T21:34:13.0000000Z"
@@ -69,18 +69,18 @@ def test_a_price_is_the_nearest_double_of_28_digits_and_a_whole_number_is_a_pric
 
 
 @pytest.mark.parametrize("rate", ["null", "NaN", "-1", '"65980.1"', "{}", "1e999", "9" * 5000])
-def test_a_false_rate_keeps_back_its_asset_only(http: responses.RequestsMock, api: CoinApi, rate: str) -> None:
+def test_an_invalid_rate_drops_only_its_asset(http: responses.RequestsMock, api: CoinApi, rate: str) -> None:
     body = rates_body({"BTC": 0.5, "ETH": 4166.2}).replace(b"0.5", rate.encode())
     http.get(URL, body)
-    sound, faults = split_sound(api.fetch_prices(("BTC", "ETH")), ("BTC", "ETH"))
-    assert sound == {"ETH": PriceUpdate("ETH", 4166.2, AT)}
+    valid, faults = split_valid(api.fetch_prices(("BTC", "ETH")), ("BTC", "ETH"))
+    assert valid == {"ETH": PriceUpdate("ETH", 4166.2, AT)}
     assert faults["BTC"].startswith("price ")
 
 
 def test_of_two_rates_of_an_asset_the_sound_one_is_taken(http: responses.RequestsMock, api: CoinApi) -> None:
     rates = '{"asset_id_quote":"BTC","rate":2.5,"time":"t"},{"asset_id_quote":"BTC","rate":null,"time":"t"}'
     http.get(URL, f'{{"rates":[{rates}]}}')
-    assert split_sound(api.fetch_prices(("BTC",)), ("BTC",)) == ({"BTC": PriceUpdate("BTC", 2.5, "t")}, {})
+    assert split_valid(api.fetch_prices(("BTC",)), ("BTC",)) == ({"BTC": PriceUpdate("BTC", 2.5, "t")}, {})
 
 
 @pytest.mark.parametrize("junk", ["null", "7", '"BTC"', "[]", "{}", '{"asset_id_quote":null,"rate":1.0,"time":"t"}'])
@@ -91,13 +91,13 @@ def test_junk_among_the_rates_is_passed_over(http: responses.RequestsMock, api: 
 
 
 @pytest.mark.parametrize("time_text", ["null", "7", "[]", "true"])
-def test_a_time_that_is_no_string_keeps_back_its_asset_only(
+def test_a_time_that_is_not_a_string_drops_only_its_asset(
     http: responses.RequestsMock, api: CoinApi, time_text: str
 ) -> None:
     bad = f'{{"asset_id_quote":"BTC","rate":1.0,"time":{time_text}}}'
     http.get(URL, f'{{"rates":[{bad},{{"asset_id_quote":"ETH","rate":2.5,"time":"t"}}]}}')
-    sound, faults = split_sound(api.fetch_prices(("BTC", "ETH")), ("BTC", "ETH"))
-    assert sound == {"ETH": PriceUpdate("ETH", 2.5, "t")}
+    valid, faults = split_valid(api.fetch_prices(("BTC", "ETH")), ("BTC", "ETH"))
+    assert valid == {"ETH": PriceUpdate("ETH", 2.5, "t")}
     assert faults["BTC"].startswith("time ")
 
 
@@ -219,7 +219,7 @@ def test_credits_stay_known_when_an_answer_does_not_say(http: responses.Requests
     assert (api.credits_used, api.credits_left) == (5, 95)
 
 
-def test_a_line_for_the_log_costs_no_more_for_a_long_text() -> None:
+def test_a_line_for_the_log_is_as_quick_for_a_long_text() -> None:
     text = "x" * 50_000_000
     started = time.thread_time()
     assert one_line(text) == "x" * 200 + "…"
@@ -275,7 +275,7 @@ def test_a_cause_that_the_metrics_do_not_know_is_other_and_a_retry_after_is_a_nu
 def test_every_error_of_requests_is_a_coinapierror(http: responses.RequestsMock, api: CoinApi) -> None:
     for error in (requests.ConnectionError(), requests.exceptions.SSLError("bad cert"), requests.ReadTimeout("slow")):
         http.get(URL, body=error)
-        assert str(error_of(api)).startswith("no answer from CoinAPI: ")
+        assert str(error_of(api)).startswith("no response from CoinAPI: ")
         assert error_of(api).cause == "connection"
 
 

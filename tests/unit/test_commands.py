@@ -77,7 +77,7 @@ def test_an_error_is_answered_in_json_that_any_client_can_read() -> None:
     )
 
 
-SAID = [  # (key, item) of a list, mostly sound ones
+SAID = [  # (key, item) of a list, mostly valid ones
     *((key, asset) for key in ("subscribe", "unsubscribe") for asset in (*ASSETS, *ASSETS, "btc", " Eth ")),
     *(("subscribe", "DOGE"), ("unsubscribe", ""), ("subscribe", None), ("unsubscribe", ["BTC"]), ("op", "BTC")),
 ]

@@ -314,7 +314,7 @@ def test_following_sends_the_current_price_of_what_is_new() -> None:
     assert (client.assets, take(client), client.outbox) == ((), b"", None)
 
 
-def test_following_while_behind_tears_no_message_and_sends_nothing_that_is_not_followed() -> None:
+def test_following_while_behind_splits_no_message_and_sends_nothing_that_is_not_followed() -> None:
     client = make_client(assets=("BTC", "ETH"))
     client.keep_unsent(("BTC", "ETH"), 1, 0)
     client.follow(("XRP",))

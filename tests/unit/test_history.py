@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from price_server.history import RANGES, History, Known, Poll, Range, encode_point
+from price_server.history import RANGES, History, Poll, Range, Snapshot, encode_point
 
 NOON = 1_800_000_000.0  # a whole number of every step but the day's
 DAY = 86_400
@@ -280,7 +280,7 @@ def test_whatever_the_clock_does_each_series_is_what_the_plain_rule_says(steps: 
     models = {(span, asset): Model(span) for span in spans for asset in ("BTC", "ETH")}
     dropped = {key: list[int]() for key in models}
     for number, (what, value, who) in enumerate(steps):
-        changes: list[Poll | Known] = []
+        changes: list[Poll | Snapshot] = []
         if what == "load":
             for span in spans:
                 last = {tick * 5 // span.step: tick for tick in sorted(value)}  # type: ignore[call-overload]
@@ -296,7 +296,7 @@ def test_whatever_the_clock_does_each_series_is_what_the_plain_rule_says(steps: 
                 if asset in assets:
                     model.add(past.now, str(number))
         for change in changes:
-            for step, step_number, asset in change.forgotten:
+            for step, step_number, asset in change.dropped:
                 span = next(span for span in spans if span.step == step)
                 dropped[span, asset].append(step_number)
         for (span, asset), model in models.items():
@@ -321,9 +321,9 @@ def test_a_poll_says_what_is_to_be_written_in_each_range() -> None:
 
 def test_a_full_series_drops_one_point_for_each_new_step() -> None:
     past = year()
-    assert past.poll("7", "BTC", at=NOON + 9).forgotten == []
-    assert past.poll("8", "BTC", at=NOON + 10).forgotten == [(10, 179_999_640, "BTC")]
-    assert past.poll("9", "BTC", at=NOON + 300).forgotten == [(10, 179_999_641, "BTC"), (300, 5_999_712, "BTC")]
+    assert past.poll("7", "BTC", at=NOON + 9).dropped == []
+    assert past.poll("8", "BTC", at=NOON + 10).dropped == [(10, 179_999_640, "BTC")]
+    assert past.poll("9", "BTC", at=NOON + 300).dropped == [(10, 179_999_641, "BTC"), (300, 5_999_712, "BTC")]
 
 
 def test_what_is_loaded_comes_before_what_is_here_which_wins_on_the_same_step() -> None:

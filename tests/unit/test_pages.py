@@ -91,7 +91,7 @@ def test_a_folder_that_is_a_link_is_followed_also_when_it_is_changed(folder: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFO here")
-def test_what_is_no_file_is_not_waited_for(folder: Path) -> None:
+def test_what_is_not_a_regular_file_is_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
     assert Pages(folder).find("/pipe.txt") is None
 

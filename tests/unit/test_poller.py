@@ -10,7 +10,7 @@ import pytest
 import tracker
 from coin_api import CoinApiError, PriceUpdate
 from price_server import clocks
-from price_server.prices import split_sound
+from price_server.prices import split_valid
 from system import NOTICE
 from tracker import Poller
 
@@ -28,10 +28,10 @@ class FakeServer:
 
     def publish(self, updates: Iterable[PriceUpdate], expect_all: bool) -> list[str]:
         updates = list(updates)
-        sound = list(split_sound(updates, self.assets, expect_all)[0])
-        if sound:
+        valid = list(split_valid(updates, self.assets, expect_all)[0])
+        if valid:
             self.published.append(updates)
-        return sound
+        return valid
 
     def report_failure(self, reason: str, cause: str) -> None:
         self.failures.append((reason, cause))
@@ -329,8 +329,8 @@ def test_an_error_of_your_own_source_is_one_short_line(caplog: pytest.LogCapture
     ("prices", "reason", "cause"),
     [
         (None, "unexpected TypeError: 'NoneType' object is not iterable", "other"),
-        ([], "no sound price for any asset", "bad_answer"),
-        ([PriceUpdate("BTC", -1.0, "t"), None], "no sound price for any asset", "bad_answer"),
+        ([], "no valid price for any asset", "bad_answer"),
+        ([PriceUpdate("BTC", -1.0, "t"), None], "no valid price for any asset", "bad_answer"),
     ],
 )
 def test_a_poll_without_any_sound_price_has_failed(prices: Any, reason: str, cause: str) -> None:
@@ -341,7 +341,7 @@ def test_a_poll_without_any_sound_price_has_failed(prices: Any, reason: str, cau
 
 
 @pytest.mark.parametrize("bad", [None, 7, {}, PriceUpdate("ETH", 0.0, "t"), PriceUpdate("ETH", 1.0, None)])  # type: ignore[arg-type]
-def test_a_half_broken_item_costs_its_asset_only(bad: Any) -> None:
+def test_a_half_broken_item_drops_only_its_asset(bad: Any) -> None:
     _, server, _ = run([[bad, GOOD[0]]], until=1)
     assert (len(server.published), server.failures) == (1, [])
 

@@ -1,4 +1,4 @@
-"""prices: what a sound price is, the latest ones, and their messages in each format."""
+"""prices: what a valid price is, the latest ones, and their messages in each format."""
 
 import json
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from price_server.prices import Prices, split_sound
+from price_server.prices import Prices, split_valid
 
 TIME = "2026-11-22T07:44:05.1234567Z"
 
@@ -22,7 +22,7 @@ class Price(NamedTuple):
 
 def test_sound_prices_are_kept_as_they_came() -> None:
     updates = [Price("ETH", 2500.5), Price("BTC", 45_000), Price("XRP", 5e-324), Price("ADA", 1.7e308, "")]
-    assert split_sound(iter(updates), ("BTC", "ETH", "XRP", "ADA")) == (
+    assert split_valid(iter(updates), ("BTC", "ETH", "XRP", "ADA")) == (
         {"ETH": updates[0], "BTC": updates[1], "XRP": updates[2], "ADA": updates[3]},
         {},
     )
@@ -45,7 +45,7 @@ def test_sound_prices_are_kept_as_they_came() -> None:
     ],
 )
 def test_a_price_that_is_not_a_finite_number_above_0_is_not_sound(price: object, fault: str) -> None:
-    assert split_sound([Price("BTC", price), Price("ETH", 1)], ("BTC", "ETH")) == (
+    assert split_valid([Price("BTC", price), Price("ETH", 1)], ("BTC", "ETH")) == (
         {"ETH": ("ETH", 1, TIME)},
         {"BTC": fault},
     )
@@ -55,14 +55,14 @@ def test_a_price_that_is_not_a_finite_number_above_0_is_not_sound(price: object,
     ("time", "fault"), [(None, "time 'None' is not a text"), (12 * 10**39, f"time '12{'0' * 38}' is not a text")]
 )
 def test_a_time_that_is_not_a_text_is_not_sound(time: object, fault: str) -> None:
-    assert split_sound([Price("BTC", 2**1022, time)], ("BTC",)) == ({}, {"BTC": fault})
+    assert split_valid([Price("BTC", 2**1022, time)], ("BTC",)) == ({}, {"BTC": fault})
 
 
 @pytest.mark.parametrize(
     ("asset_id", "name"), [("DOGE", "DOGE"), ("btc", "btc"), (None, "None"), ([], "[]"), ("x" * 99, "x" * 40)]
 )
 def test_an_asset_that_is_not_tracked_is_not_sound(asset_id: object, name: str) -> None:
-    assert split_sound([Price(asset_id, None)], ("BTC", "ETH")) == ({}, {name: "not tracked"})
+    assert split_valid([Price(asset_id, None)], ("BTC", "ETH")) == ({}, {name: "not tracked"})
 
 
 @pytest.mark.parametrize(
@@ -75,23 +75,23 @@ def test_an_asset_that_is_not_tracked_is_not_sound(asset_id: object, name: str) 
         (SimpleNamespace(asset_id="B\nTC", price=1), "B?TC", "not tracked"),
     ],
 )
-def test_what_is_no_update_costs_the_others_nothing(update: Any, name: str, fault: str) -> None:
-    assert split_sound([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": ("ETH", 1, TIME)}, {name: fault})
+def test_an_invalid_update_does_not_affect_the_others(update: Any, name: str, fault: str) -> None:
+    assert split_valid([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": ("ETH", 1, TIME)}, {name: fault})
 
 
 def test_an_asset_that_comes_twice_has_its_last_sound_price() -> None:
     updates = [Price("BTC", 0), Price("BTC", 1), Price("BTC", 2), Price("BTC", None)]
-    assert split_sound(updates, {"BTC"}) == ({"BTC": updates[2]}, {})
+    assert split_valid(updates, {"BTC"}) == ({"BTC": updates[2]}, {})
 
 
 def test_a_poll_must_have_every_asset_and_an_update_must_not() -> None:
     updates = [Price("BTC", 1), Price("ETH", None)]
-    sound, faults = split_sound(updates, ("XRP", "BTC", "ETH"), expect_all=True)
-    assert (sound, list(faults.items())) == (
+    valid, faults = split_valid(updates, ("XRP", "BTC", "ETH"), expect_all=True)
+    assert (valid, list(faults.items())) == (
         {"BTC": updates[0]},
-        [("XRP", "not in the answer"), ("ETH", "price 'None' is not a number")],
+        [("XRP", "not in the response"), ("ETH", "price 'None' is not a number")],
     )
-    assert split_sound(updates[:1], ("XRP", "BTC")) == ({"BTC": updates[0]}, {})
+    assert split_valid(updates[:1], ("XRP", "BTC")) == ({"BTC": updates[0]}, {})
 
 
 # The latest prices

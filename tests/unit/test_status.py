@@ -231,7 +231,7 @@ def test_metrics_are_exactly_these(status: Status, clock: Clock) -> None:
     }
 
 
-def test_a_reason_nobody_knew_before_just_works(status: Status) -> None:
+def test_a_new_reason_just_works(status: Status) -> None:
     status.refused['no "tea"\\\n'] += 1
     status.dropped["bored"] += 1
     status.http_responses[418] += 1
@@ -252,7 +252,7 @@ def test_what_only_the_hub_can_count_is_counted_just_before(status: Status) -> N
 
 def test_each_metric_says_once_what_it_is(status: Status) -> None:
     text = status.metrics()
-    assert text.startswith("# HELP price_tracker_clients Open clients.\n# TYPE price_tracker_clients gauge\n")
+    assert text.startswith("# HELP price_tracker_clients Connected clients.\n# TYPE price_tracker_clients gauge\n")
     assert "\n# TYPE price_tracker_poll_duration_seconds histogram\n" in text
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]
     assert len(names) == len(set(names)) == text.count("# TYPE")

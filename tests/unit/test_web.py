@@ -140,7 +140,7 @@ def test_an_absolute_target_without_a_path_is_the_page(priced: Site) -> None:
 @pytest.mark.parametrize(
     "line", ["no colon", ": no name", "Host : x", " folded: x", "Ho\tst: x", "Hôst: x", "X: \0", "X: a\rb", "X: \x7f"]
 )
-def test_a_line_that_is_no_header_is_refused_by_name(priced: Site, line: str) -> None:
+def test_a_line_that_is_not_a_header_is_refused_by_name(priced: Site, line: str) -> None:
     response = send(priced, f"GET /prices HTTP/1.1\r\nHost: x\r\n{line}\r\nAccept: y\r\n\r\n".encode("latin-1"))
     assert (response.status, response.error) == (400, f"not a header: {line!r}")
 

@@ -73,7 +73,7 @@ KEY = "Sec-WebSocket-Key must be 16 bytes in base64"
         (upgrade(more=f"Sec-WebSocket-Key: {HEADERS['Sec-WebSocket-Key']}\r\n"), 400, KEY),
     ],
 )
-def test_what_is_no_proper_upgrade_is_refused_and_counted(site: Site, head: bytes, status: int, error: str) -> None:
+def test_an_improper_upgrade_is_refused_and_counted(site: Site, head: bytes, status: int, error: str) -> None:
     response = send(site, head)
     assert (response.status, response.refused) == (status, "handshake")
     assert response.headers.get("Upgrade") == ("websocket" if error == WEBSOCKET else None)
@@ -117,9 +117,7 @@ def test_the_one_over_max_clients_gets_503_with_retry_after(site: Site, target: 
     assert get(site, "/prices").status == 200
 
 
-def test_a_refusal_reason_nobody_knew_before_gets_its_response_and_its_counter(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_refusal_reason_gets_its_response_and_its_counter(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(request: Request) -> None:
         raise HttpError(429, "too many from you", "greedy", Retry_After="7")
 
@@ -205,7 +203,7 @@ def test_garbage_has_no_origin(narrowed: Site) -> None:
         assert "Access-Control-Allow-Origin" not in response.headers
 
 
-def test_what_is_no_browser_sends_no_origin_and_may_read(narrowed: Site) -> None:
+def test_a_request_without_an_origin_is_not_a_browsers_and_may_read(narrowed: Site) -> None:
     assert client(narrowed, upgrade())
     response = get(narrowed, "/prices")
     assert (response.status, response.headers["Vary"]) == (200, "Origin")
