@@ -156,8 +156,12 @@ class _RangePoints:
 
     def add(self, number: int, points: dict[str, bytes]) -> list[Dropped]:
         numbers = [(asset, self._series[asset].add(number, point)) for asset, point in points.items()]
+        dropped = [(self.span.step, each, asset) for asset, each in numbers if each is not None]
+        since = self._since
         self._clear_shown()
-        return [(self.span.step, dropped, asset) for asset, dropped in numbers if dropped is not None]
+        if since and not dropped and since[1] < number * self.span.step:
+            self._since = since  # the oldest point is still there, and no older one came
+        return dropped
 
     def load(self, texts: Mapping[str, bytes]) -> Snapshot:
         known = {asset: bytes(series.text) for asset, series in self._series.items() if series.text}
@@ -227,34 +231,38 @@ class _RangePoints:
 class _Series:
     """The points of one asset in one range, as text in the order of arrival, each step once."""
 
-    __slots__ = ("_count", "_last", "_span", "is_rising", "text")
+    __slots__ = ("_count", "_last", "_numbers", "_span", "text")
 
     def __init__(self, span: Range):
         self._span = span
         self.text = bytearray()
-        self.is_rising = True  # whether the times only rise, as they do until a clock is set back
         self._count = 0
         self._last: float = -math.inf  # the number of the last point's step
+        self._numbers: set[int] = set()  # of all steps; empty while the times only rise
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether the times only rise, as they do until a clock is set back."""
+        return not self._numbers
 
     def add(self, number: int, point: bytes) -> int | None:
         """Add a point, in place of that of the same step. Returns the number of the step that is dropped for it."""
         if number == self._last:
             self.text[self.text.rindex(b"[") :] = point
             return None
-        if number < self._last or not self.is_rising:
-            self._remove(number)
+        if number < self._last:
+            self._numbers.update(map(self._number, _split(self.text)))
+        replaced = number in self._numbers
+        if replaced:
+            self.text = bytearray(b",".join([each for each in _split(self.text) if self._number(each) != number]))
         self.text += b"," + point if self.text else point
-        self._count += 1
+        self._count += not replaced
         self._last = number
+        if replaced:
+            self._note_order()
+        elif self._numbers:
+            self._numbers.add(number)
         return self._drop_first() if self._count > self._span.max_points else None
-
-    def _remove(self, number: int) -> None:
-        """Remove the point of this step, if there is one, before one is added that may be earlier than others."""
-        points = {self._number(point): point for point in _split(self.text)}
-        points.pop(number, None)
-        self.text = bytearray(b",".join(points.values()))
-        self.is_rising = [*points, number] == sorted([*points, number])
-        self._count = len(points)
 
     def load(self, text: bytes) -> list[int]:
         """Add points before all others, but none of a step that is here. Returns the numbers of dropped steps."""
@@ -265,17 +273,25 @@ class _Series:
             numbers = {self._number(point) for point in held}
             added = [point for point in added if self._number(point) not in numbers]
         if added:
-            self.is_rising &= not held or _time(added[-1]) < _time(held[0])
             self._last = self._last if held else self._number(added[-1])
             self.text = bytearray(b",".join(added + held))
             self._count += len(added)
+            if held and (self._numbers or _time(added[-1]) > _time(held[0])):
+                self._note_order()
         return [self._drop_first() for _ in range(self._count - self._span.max_points)]
 
     def _drop_first(self) -> int:
         number = self._number(self.text)
         del self.text[: self.text.index(b"]") + 2]
         self._count -= 1
+        self._numbers.discard(number)
+        if self._numbers and self._number(self.text) < number:  # where the clock was set back: they may only rise now
+            self._note_order()
         return number
+
+    def _note_order(self) -> None:
+        numbers = [self._number(point) for point in _split(self.text)]
+        self._numbers = set() if numbers == sorted(numbers) else set(numbers)
 
     def _number(self, point: Text) -> int:
         """The number of the step of a point, or of the first of several."""

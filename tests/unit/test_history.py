@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -218,6 +219,19 @@ def test_a_clock_40_days_ahead_for_an_hour_costs_what_that_hour_brought_and_noth
         older = [point for point in right.points(name) if point[0] < NOON]
         assert len(older) == {"1h": 0, "24h": 275, "7d": 333, "30d": 359, "1y": 364}[name]
         assert [point for point in wrong.points(name) if point[0] < NOON] == older
+
+
+@pytest.mark.parametrize("wrong", [NOON + 400 * DAY, 63_072_000.0])
+def test_a_poll_after_one_with_a_wrong_clock_still_adds_a_few_bytes(
+    monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    past, parsed = year(), list[Any]()
+    past.poll("7", "BTC", at=wrong)
+    past.poll("8", "BTC", at=NOON)
+    monkeypatch.setattr("price_server.history._split", parsed.append)
+    for second in range(10, 3000, 10):
+        past.poll("8", "BTC", at=NOON + second)
+    assert parsed == []
 
 
 def test_points_ahead_of_a_clock_that_was_set_back_are_hidden_until_it_reaches_them() -> None:
