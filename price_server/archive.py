@@ -7,12 +7,14 @@ only the file lacks something; that is written as soon as the disk takes it.
 import logging
 import os
 import sqlite3
+import stat
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 from .history import RANGES, Poll, Snapshot, encode_point
 
@@ -241,7 +243,7 @@ class Archive:
     def _open(self) -> sqlite3.Connection:
         """Open the file. Raises ArchiveError when it is refused; nothing has changed then."""
         path = os.path.realpath(self._file)
-        complaint = _complaint(path)
+        complaint = _complaint(path) if os.path.basename(self._file) else "is a directory: name a file in it"
         if complaint:
             raise ArchiveError(f"history file {self._file!r} {complaint}, or name another file")
         disk = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level="IMMEDIATE")
@@ -264,12 +266,16 @@ def _complaint(path: str) -> str | None:
         return f"is in a directory that does not exist: make {directory!r}"
     if os.path.isdir(path):
         return "is a directory: name a file in it"
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "is not a regular file: remove it"  # opening a pipe would block
     if not os.access(directory, os.W_OK | os.X_OK):
         return f"gets files beside it, like FILE-wal: make {directory!r} writable"
-    if not os.path.exists(path):
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        return f"cannot be opened ({error.strerror}): correct it"
+    if not stat.S_ISREG(mode):  # opening a pipe would block
+        return "is not a regular file: move it away"
     if not os.access(path, os.R_OK | os.W_OK):
         return "must be readable and writable: change its permissions"
     with open(path, "rb") as file:
@@ -295,7 +301,7 @@ def _complaint_about_content(path: str) -> str | None:
     new = [beside for beside in (path + "-wal", path + "-shm") if not os.path.exists(beside)]
     if len(new) == 2 and os.path.getsize(path) % 512:
         return "is damaged (cut off): restore a backup"  # SQLite would ignore an incomplete last page
-    disk = sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+    disk = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
     try:
         (verdict,) = disk.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:

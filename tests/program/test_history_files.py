@@ -234,7 +234,7 @@ def _stranger(path: Path, *statements: str) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory": (lambda path: path.mkdir(), "is a directory: name a file in it"),
-    "a pipe": (lambda path: os.mkfifo(path), "is not a regular file: remove it"),
+    "a pipe": (lambda path: os.mkfifo(path), "is not a regular file: move it away"),
     "a text": (lambda path: path.write_text("BTC,45000\n" * 1000), "is not a SQLite database: move it away"),
     "a stranger's": (_stranger, "is a database of another program: move it away"),
     "a stranger's in WAL mode": (
@@ -250,6 +250,19 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "was made by a newer version of this program: use that one",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("new/", "is a directory: name a file in it"),
+        ("x" * 300, "cannot be opened (File name too long): correct it"),
+    ],
+)
+def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path, name: str, complaint: str) -> None:
+    with pytest.raises(ArchiveError, match=re.escape(f"{name}' {complaint}, or name another file")):
+        start_archive(f"{tmp_path}/{name}", ASSETS)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -12,7 +12,7 @@ from price_server.history import History
 NOON = 1_800_000_000.0  # a whole number of every step but the day's
 
 
-def start_archive(file: Path, assets: Iterable[str]) -> Archive:
+def start_archive(file: Path | str, assets: Iterable[str]) -> Archive:
     archive = Archive(str(file), "coinapi", "USD", assets, loaded=lambda *_: None)
     archive.retry_interval = 0.1
     archive.start(5)
