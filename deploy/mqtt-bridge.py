@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from paho.mqtt.client import Client, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
@@ -24,7 +24,8 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 TRACKER_URL = os.environ.get("TRACKER_URL", "ws://127.0.0.1:3030/ws")
-MQTT_URL = urlsplit(os.environ.get("MQTT_URL", "mqtt://127.0.0.1:1883"))  # mqtts: with TLS; user:password@ before it
+# mqtts:// for TLS; user:password@ before the host, percent-encoded.
+MQTT_URL = urlsplit(os.environ.get("MQTT_URL", "mqtt://127.0.0.1:1883"))
 TOPIC = os.environ.get("TOPIC", "prices")
 MAX_AGE = float(os.environ.get("MAX_AGE", "5"))
 RETRY_AFTER = 1.0  # seconds
@@ -81,11 +82,14 @@ def publish() -> None:
         client.on_connect = lambda _client, _data, _flags, reason, _properties, is_in=connected: (
             logger.warning("refused: %s", reason) if reason.is_failure else is_in.set()
         )
-        client.username_pw_set(MQTT_URL.username, MQTT_URL.password)
+        if MQTT_URL.username:
+            client.username_pw_set(unquote(MQTT_URL.username), unquote(MQTT_URL.password or ""))
+        port = 1883
         if MQTT_URL.scheme == "mqtts":
             client.tls_set()
+            port = 8883
         try:
-            client.connect(MQTT_URL.hostname or "", MQTT_URL.port or 1883, keepalive=10)
+            client.connect(MQTT_URL.hostname or "", MQTT_URL.port or port, keepalive=10)
             client.loop_start()
             if not connected.wait(5):
                 raise OSError("it does not let this client in")

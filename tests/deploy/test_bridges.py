@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import nats
 import pytest
@@ -178,6 +180,18 @@ def test_retained_prices_expire_when_no_new_ones_come(tmp_path: Path) -> None:
         assert retained(port) == ASSETS
         wait_for(lambda: retained(port) == set(), 10, "they expire")
         tracker.process.send_signal(signal.SIGCONT)
+
+
+def test_mqtts_has_a_port_of_its_own_and_a_password_may_have_any_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQTT_URL", "mqtts://me:p%40s%2Fs@broker.example")
+    publish = runpy.run_path(str(DEPLOY / "mqtt-bridge.py"))["publish"]
+    client = Mock(**{"connect.side_effect": SystemExit})
+    monkeypatch.setitem(publish.__globals__, "Client", lambda *_, **__: client)
+    with pytest.raises(SystemExit):
+        publish()
+    client.username_pw_set.assert_called_once_with("me", "p@s/s")
+    client.tls_set.assert_called_once_with()
+    client.connect.assert_called_once_with("broker.example", 8883, keepalive=10)
 
 
 def retained(port: int) -> set[str]:
