@@ -9,6 +9,7 @@ import queue
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -226,7 +227,10 @@ def explain_missing(module: str) -> str:
 
 def _install_command() -> str:
     """The command that adds the packages to this Python; outside a virtual environment it makes one first."""
+    is_windows = sys.platform == "win32"
     if sys.prefix == sys.base_prefix:
-        return f"start with {INSTALL}"
+        command = INSTALL.replace("python3", "python").replace("/bin/", "\\Scripts\\") if is_windows else INSTALL
+        return f"start with {command}"
+    join = subprocess.list2cmdline if is_windows else shlex.join
     requirements = str(Path(__file__).with_name("requirements.txt"))
-    return f"add it with {shlex.join([sys.executable, '-m', 'pip', 'install', '-r', requirements])}"
+    return f"add it with {join([sys.executable, '-m', 'pip', 'install', '-r', requirements])}"

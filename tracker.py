@@ -193,7 +193,7 @@ class Poller:
 
     def _wait_for_clients(self) -> bool:
         """With `pause_when_idle`, block while no client is connected. Returns whether it did."""
-        waited = False
+        waited, began = False, self.clock()
         while self.pause_when_idle and not self.stopping and not self.server.client_count:
             self.server.pause()
             waited = True
@@ -201,6 +201,7 @@ class Poller:
                 self.ready()
             self.wake.wait()
             self.wake.clear()
+        self._failing_since += self.clock() - began  # a pause is not part of an outage
         return waited
 
 

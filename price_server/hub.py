@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+from .archive import NOTICE
 from .connection import (
     CLOSE_TIMEOUT,
     DOWNLOAD_TIMEOUT,
@@ -220,7 +221,7 @@ class Hub:
         self._status.messages_sent += 1
         connection.enqueue(data)
         self.attempt(self.flush, connection)
-        if connection.outbox and connection.outbox.size > MAX_QUEUE:
+        if connection.outbox and connection.outbox.unsent > MAX_QUEUE:
             self._drop(connection, "queue_full")
 
     def disconnect(self, connections: Iterable[Connection], status: int, reason: str | bytes) -> None:
@@ -288,10 +289,13 @@ class Hub:
                 self._drop(connection, reason)
 
     def _note_stale(self) -> None:
-        stale = self._status.state() == "stale"
-        if stale and not self._was_stale:
+        state = self._status.state()
+        if state == "stale" and not self._was_stale:
             logger.warning("prices are stale: no successful poll for %.0f s", self._status.age() or 0)
-        self._was_stale = stale
+            self._was_stale = True
+        elif state == "ok" and self._was_stale:
+            logger.log(NOTICE, "prices are no longer stale")
+            self._was_stale = False
 
     def _send_heartbeats(self) -> None:
         self._loop.call_later(HEARTBEAT_INTERVAL, self._send_heartbeats)
@@ -361,6 +365,6 @@ class Hub:
 
 def _address_of(connection: Connection, new_client: NewClient) -> str:
     """The address of the client's user, for the log: as a proxy on this machine says, or the peer's."""
-    host = str(connection.address[0])
+    host = str(connection.address[0]).removeprefix("::ffff:")
     forwarded = "".join(char for char in new_client.forwarded_for[:100] if char.isprintable())
     return forwarded if forwarded and (host.startswith("127.") or host == "::1") else host

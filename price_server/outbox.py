@@ -32,6 +32,11 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self.pieces or self.stale_assets)
 
+    @property
+    def unsent(self) -> int:
+        """Bytes in pieces that the socket has not taken yet."""
+        return self.size - self._sent_of_first
+
     def enqueue(self, piece: bytes) -> None:
         if piece:
             self.pieces.append(piece)
@@ -82,7 +87,7 @@ class Outbox:
 
     def data_to_send(self, messages: Mapping[str, bytes]) -> bytes | memoryview:
         """The bytes for the next send; b"" when nothing is pending."""
-        while self.size - self._sent_of_first < SEND_SIZE and self._take_upcoming():
+        while self.unsent < SEND_SIZE and self._take_upcoming():
             pass
         parts: list[bytes | memoryview] = []
         room = SEND_SIZE

@@ -69,7 +69,11 @@ def _find_fault(update: Update, assets: Container[str]) -> str:
         return f"price {price:.6g}"
     if not isinstance(update.time, str):
         return f"time {str(update.time)[:40]!r} is not a text"
-    return "" if isinstance(update.to_json(), str) else "to_json() is not a text"
+    text = update.to_json()
+    if not isinstance(text, str):
+        return "to_json() is not a text"
+    text.encode()  # raises for half of a surrogate pair
+    return ""
 
 
 class Feed:
@@ -85,6 +89,7 @@ class Prices:
 
     def __init__(self, assets: Sequence[str]):
         self.assets = tuple(assets)
+        self._upper = [asset.upper() for asset in self.assets]
         self.latest: dict[str, Update] = {}  # in the order tracked; only those that have had a price
         self.texts: dict[str, str] = {}  # the same as JSON, as every client gets it
         self.feeds = {each.name: Feed(each) for each in FORMATS}
@@ -104,10 +109,6 @@ class Prices:
     def choose(self, asset_ids: Iterable[str]) -> tuple[str, ...]:
         """These assets, in the order tracked; case does not matter. Raises ValueError for one that is not tracked."""
         chosen = {asset_id.strip().upper() for asset_id in asset_ids}
-        for asset_id in sorted(chosen.difference(self.assets)):
-            raise ValueError(self.explain_unknown(asset_id))
-        return tuple(asset for asset in self.assets if asset in chosen)
-
-    def explain_unknown(self, asset_id: str) -> str:
-        """The error for an asset that is not tracked."""
-        return f"unknown asset {asset_id[:40]!r}: this server tracks {', '.join(self.assets)}"
+        for asset_id in sorted(chosen.difference(self._upper)):
+            raise ValueError(f"unknown asset {asset_id[:40]!r}: this server tracks {', '.join(self.assets)}")
+        return tuple([asset for asset, upper in zip(self.assets, self._upper, strict=True) if upper in chosen])

@@ -6,6 +6,7 @@ Each method hands a function to the loop, whose thread owns the connections, the
 
 import json
 import logging
+import os
 import signal
 import socket
 import threading
@@ -48,6 +49,7 @@ class PriceServer(WebsocketServer):
     """
 
     request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"  # on Windows it would let a second server take the same port
 
     def __init__(
         self,

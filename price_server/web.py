@@ -199,7 +199,7 @@ class Site:
             case ["", "prices"]:
                 return self._prices_response(request)
             case ["", "prices", asset_id]:
-                return self._make_response(request, self._price(asset_id.upper()))
+                return self._make_response(request, self._price(asset_id))
             case ["", "history"]:
                 return self._history_response(request)
             case ["", "healthz"]:
@@ -248,11 +248,13 @@ class Site:
         return self._make_response(request, f"[{','.join(messages)}]".encode())
 
     def _price(self, asset_id: str) -> bytes:
-        if asset_id in self.prices.texts:
-            return self.prices.texts[asset_id].encode()
-        if asset_id in self.prices.assets:
-            raise HttpError(503, f"no price of {asset_id} is known yet", Retry_After="5")
-        raise HttpError(404, self.prices.explain_unknown(asset_id))
+        try:
+            (asset,) = self.prices.choose([asset_id])
+        except ValueError as error:
+            raise HttpError(404, str(error)) from None
+        if asset not in self.prices.texts:
+            raise HttpError(503, f"no price of {asset} is known yet", Retry_After="5")
+        return self.prices.texts[asset].encode()
 
     def _history_response(self, request: Request) -> Response:
         ranges = self.history.names

@@ -257,6 +257,11 @@ def test_the_command_of_a_missing_package_is_one_for_the_python_that_runs(monkey
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)  # without a virtual environment
     command = system.explain_missing("requests").partition("start with ")[2]
     assert f"{command} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert system.explain_missing("requests").endswith(r".txt && .venv\Scripts\python tracker.py")
+    monkeypatch.setattr(sys, "prefix", "elsewhere")
+    monkeypatch.setattr(sys, "executable", r"C:\My Python\python.exe")
+    assert r'add it with "C:\My Python\python.exe" -m pip' in system.explain_missing("requests")
 
 
 # systemd

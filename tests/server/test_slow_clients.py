@@ -100,9 +100,9 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigge
         assert held(rigged) == (1 << 20) + 50_000
         narrowed.room = 2 << 20
         assert [client.read() for _ in range(16)] == [(TEXT, message.encode())] * 16
-        narrowed.room = 0
-        for _ in range(16):
-            rigged.send_message(rigged.clients[0], message)
+        narrowed.room = 10
+        for text in (*[message] * 16, "x" * 8):  # and a header of 2
+            rigged.send_message(rigged.clients[0], text)
         assert len(rigged.clients) == 1
         rigged.send_message(rigged.clients[0], "")
         assert rigged.clients == []

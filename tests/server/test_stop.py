@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import selectors
 import signal
 import socket
@@ -180,6 +181,7 @@ def test_a_server_that_never_ran_releases_its_port_and_files(updates: Updates) -
 
 
 def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_open(server: PriceServer) -> None:
+    assert PriceServer.allow_reuse_address == (os.name == "posix"), "Windows would let two servers share it"
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
     with pytest.raises(OSError, match="in use"):

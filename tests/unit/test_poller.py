@@ -431,7 +431,7 @@ def test_an_idle_poller_pauses_and_polls_at_once_when_a_client_comes() -> None:
     assert ready[0] == 1000
 
 
-def test_a_pause_does_not_shorten_a_backoff() -> None:
+def test_a_pause_does_not_shorten_a_backoff_and_is_no_part_of_an_outage(caplog: pytest.LogCaptureFixture) -> None:
     server = FakeServer()
     server.client_count = 1
     time = IdleTime(1100, server)
@@ -439,6 +439,7 @@ def test_a_pause_does_not_shorten_a_backoff() -> None:
     server.report_failure = lambda reason, cause: setattr(server, "client_count", 0)  # type: ignore[method-assign]
     poller_of(time, source, server, pause_when_idle=True).run()
     assert source.polls[:2] == [0, 1000]
+    assert "prices again after 900 s, failed polls: 1" in caplog.messages
 
 
 def test_a_pause_ends_with_the_stop() -> None:

@@ -217,7 +217,7 @@ def test_an_asset_that_is_not_tracked_is_named_with_what_is_tracked(priced: Site
             assert response.refused == ("asset" if path in ("/ws", "/stream") else "")
     assert get(priced, "/prices/").error == "unknown asset '': this server tracks BTC, ETH, SOL"
     assert get(priced, f"/prices/{'x' * 500}").error == f"unknown asset '{'X' * 40}': this server tracks BTC, ETH, SOL"
-    assert get(priced, "/prices/%0D%0AX:%20y").error == r"unknown asset '\r\nX: Y': this server tracks BTC, ETH, SOL"
+    assert get(priced, "/prices/x%0D%0AX:%20y").error == r"unknown asset 'X\r\nX: Y': this server tracks BTC, ETH, SOL"
 
 
 def test_an_asset_that_has_no_price_yet_is_503(site: Site) -> None:
