@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import psutil
 import pytest
 import trustme
 from calling import error_of
+from raw import reset
 from running import ROOT
 from stand_in import KEY, RATES, Peer, StandIn, rates_body
 
@@ -147,11 +147,6 @@ class LosesConnections(Peer):
                 self.end(client)
                 return
             client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-
-
-def reset(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
 
 
 def close(client: socket.socket) -> None:
