@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -116,6 +117,15 @@ def test_a_stop_waits_one_second_for_those_that_do_not_hang_up_whatever_the_cloc
         assert stuck.file.read() == b""
 
 
+def test_an_abrupt_shutdown_waits_for_no_response(timed: RiggedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 20.0)
+    with visit(timed.port, get("/prices")) as visitor:
+        assert read_all(visitor).endswith(b"[]"), "it does not hang up"
+        in_thread(timed.shutdown_abruptly)
+        timed.thread.join(10)
+        assert timed.has_ended
+
+
 def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
     server: PriceServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,12 +189,16 @@ def test_a_server_that_never_ran_releases_its_port_and_files(updates: Updates) -
     assert (process.num_fds(), threading.active_count()) == (files, threads)
 
 
-def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_open(server: PriceServer) -> None:
+@pytest.mark.parametrize(("history", "error"), [("new.db", OSError), (".", ValueError)])
+def test_a_taken_port_or_an_unusable_history_file_leaves_nothing_open(
+    server: PriceServer, tmp_path: Path, history: str, error: type[Exception]
+) -> None:
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
-    with pytest.raises(OSError, match="in use"):
-        PriceServer(ASSETS, port=server.port)
-    assert (process.num_fds(), threading.active_count()) == (files, threads)
+    with pytest.raises(error, match=r"in use|is a directory"):
+        PriceServer(ASSETS, port=server.port, history_file=str(tmp_path / history))
+    wait_for(lambda: threading.active_count() <= threads, what="threads ended")
+    assert process.num_fds() == files
 
 
 def test_a_server_for_which_there_is_no_selector_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
