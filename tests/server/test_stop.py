@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from raw import CLOSE, TEXT, RawClient, frame, get, honest, read_all, request, visit
-from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_value
+from rigged import RiggedServer, call, connections, in_thread, narrow, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -147,6 +147,19 @@ def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
     assert (server.has_ended, returned) == (True, [False])
 
 
+def test_a_start_returns_when_the_server_thread_owns_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin_late() -> None:
+        time.sleep(0.1)
+        serve()
+
+    server = PriceServer(ASSETS)
+    serve = server.serve_forever
+    monkeypatch.setattr(server, "serve_forever", begin_late)
+    server.run_forever(threaded=True)
+    assert call(server, threading.current_thread) is server.thread
+    server.shutdown_gracefully()
+
+
 def test_a_start_that_fails_inside_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch, errors: list[str]) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -213,8 +226,9 @@ def test_a_server_for_which_there_is_no_selector_is_an_oserror(monkeypatch: pyte
 # In the foreground
 
 
-def test_a_foreground_run_stops_at_an_interrupt_and_puts_the_handler_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_foreground_run_handles_an_interrupt_if_nothing_else_does_and_puts_the_handler_back(before: Any) -> None:
+    default = signal.signal(signal.SIGINT, before)
     during: list[object] = []
 
     def stop(client: dict[str, Any], server: PriceServer, message: str) -> None:
@@ -226,8 +240,8 @@ def test_a_foreground_run_stops_at_an_interrupt_and_puts_the_handler_back() -> N
     in_thread(lambda: RawClient(server.port, after=frame(TEXT, b"stop")))
     server.run_forever()
     assert server.has_ended
-    assert during != [before]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (during == [before]) == (before is signal.SIG_IGN)
+    assert signal.signal(signal.SIGINT, default) is before
 
 
 FOREGROUND = """
