@@ -373,6 +373,7 @@ def test_a_disk_that_takes_nothing_costs_one_warning_and_no_point(
         assert history.points()[-1] == [NOON + number * 10, number]
     wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(file, f": {error}")
+    assert [record.levelname for record in log.records].count("ERROR") == (error == "unexpected")
     assert (history.state, history.last_write) == ("failing", NOON)
     assert history.loads == 5, "it is not read again with each try"
     disk.error = None
