@@ -213,14 +213,15 @@ class Archive:
             logger.log(NOTICE, "history file %r is up to date again", self._file)
 
     def _note_failure(self, error: Exception) -> None:
-        if not isinstance(error, (ArchiveError, OSError, sqlite3.Error)):
-            logger.exception("the history file had an error, and is tried again")
         self._pause = self.retry_interval
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits are details
         if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
             self._close()
         what = getattr(error, "strerror", None) or str(error)
-        self._reason = what if isinstance(error, ArchiveError) else f"history file {self._file!r}: {what}"
+        reason = what if isinstance(error, ArchiveError) else f"history file {self._file!r}: {what}"
+        if reason != self._reason and not isinstance(error, (ArchiveError, OSError, sqlite3.Error)):
+            logger.exception("the history file had an error, and is tried again")  # once, not with each try
+        self._reason = reason
         self.write_errors += 1
         with self._changed:
             before = self.state

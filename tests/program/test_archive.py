@@ -282,17 +282,22 @@ class Disk(sqlite3.Connection):
 
     def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
         self.executed.append(statement)
+        if self.fails_at:
+            self.fail(statement)
         return super().execute(statement, *arguments)
 
     def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
         assert self.gate.wait(10)
+        self.fail(statement)
+        return super().executemany(statement, *arguments)
+
+    def fail(self, statement: str) -> None:
         if self.error == "unexpected":
             raise RuntimeError(self.error)
         if self.error and statement.startswith(self.fails_at):
             error = sqlite3.OperationalError(self.error)
             error.sqlite_errorcode = ERROR_CODES[self.error]
             raise error
-        return super().executemany(statement, *arguments)
 
 
 @pytest.fixture
@@ -334,6 +339,17 @@ def test_a_file_that_stays_locked_is_opened_when_it_can_be(past: Start, filled: 
     assert len(rows(filled, "SELECT * FROM points WHERE price = '7'")) == 10
 
 
+def test_a_file_that_is_locked_while_it_is_read_is_read_later(
+    past: Start, filled: Path, disk: type[Disk], log: Log
+) -> None:
+    disk.error, disk.fails_at = "database is locked", "SELECT"
+    history = past(filled, now=NOON + 86400, wait=0.1)
+    wait_for(lambda: history.write_errors)
+    disk.error = None
+    wait_for(lambda: recovered(log, filled))
+    assert len(history.points("24h")) == 96
+
+
 @pytest.mark.parametrize(
     ("error", "opened_again"),
     [
@@ -357,6 +373,7 @@ def test_a_full_disk_causes_one_warning_and_loses_no_point(
         assert history.points()[-1] == [NOON + number * 10, number]
     wait_for(lambda: history.write_errors > 2, what="some tries")
     assert warnings(log) == warning(file, f": {error}")
+    assert [record.levelname for record in log.records].count("ERROR") == (error == "unexpected")
     assert (history.state, history.last_write) == ("failing", NOON)
     assert history.loads == 5, "it is not read again with each try"
     disk.error = None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, get, honest, prices, request, visit
 from raw import reset as hang_up
-from rigged import Blocked, RiggedServer, call, call_soon, dropped, gone, wait_for_value
+from rigged import Blocked, RiggedServer, call_soon, dropped, gone, sample, wait_for_value
 from running import ASSETS, wait_for
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 
@@ -54,7 +54,7 @@ def test_a_client_that_is_gone_before_its_response_leaves_only_if_it_came(server
         assert client.read() == (PONG, b"")
     wait_for_value(lambda: len(server.clients), 0)
     wait_for_value(lambda: sorted(left), sorted(came))
-    call(server, lambda: None)
+    assert sample(server, "clients_accepted_total") == len(came)
     assert sorted(left) == sorted(came)
 
 

@@ -53,6 +53,9 @@ def test_a_callback_that_blocks_holds_up_no_publisher_and_no_stop_for_long(
     with RawClient(server.port) as client:
         client.send(frame(TEXT, b"block"))
         assert blocking.wait(10)
+        server.report_failure("a poller's notes do not wait")
+        server.note_poll(0.1, None, None)
+        server.pause()
         for function in (lambda: server.publish(updates(1.0)), lambda: server.send_message_to_all("x")):
             with pytest.raises(TimeoutError, match=r"the server thread has been busy for 0\.2 s: does a callback"):
                 function()
@@ -209,14 +212,16 @@ def breaks(sock: Socket) -> None:
 
 
 @pytest.mark.parametrize("step", ["receive", "publish", "send_message", "send_message_to_all", "ping", "close"])
-def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
+def test_connections_whose_every_step_fails_are_one_line_and_end_and_no_other_does(
     timed: RiggedServer, updates: Updates, errors: list[str], step: str
 ) -> None:
     left: list[int] = []
     timed.set_fn_client_left(lambda client, server: left.append(client["id"]))
-    with RawClient(timed.port) as first, RawClient(timed.port) as broken, RawClient(timed.port) as last:
+    with contextlib.ExitStack() as stack:
+        first, broken, _, last = (stack.enter_context(RawClient(timed.port)) for _ in range(4))
         client = timed.clients[1]
-        call(timed, lambda: breaks(timed.listener.accepted[1]))
+        for sock in timed.listener.accepted[1:3]:
+            call(timed, partial(breaks, sock))
         {
             "receive": lambda: broken.send(frame(PING)),
             "publish": lambda: None,
@@ -231,8 +236,8 @@ def test_a_connection_whose_every_step_fails_is_ended_and_no_other(
             if step in ("send_message_to_all", "ping"):
                 assert other.read()[1] in (b"x", b"")
             assert other.prices(10) == ALL_AT[1]
-        wait_for(lambda: left == [2], what="the callback")
-        assert dropped(timed) == {"failed": 1}
+        wait_for(lambda: sorted(left) == [2, 3], what="the callbacks")
+        assert dropped(timed) == {"failed": 2}
     assert errors == ["a connection failed, and is closed: RuntimeError('this socket fails')"]
     errors.clear()
 

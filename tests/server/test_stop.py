@@ -9,12 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from raw import CLOSE, TEXT, RawClient, frame, get, honest, read_all, request, visit
-from rigged import RiggedServer, connections, in_thread, narrow, sample, wait_for_value
+from rigged import RiggedServer, call, connections, in_thread, narrow, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 from websockets.exceptions import ConnectionClosed
 
@@ -117,6 +118,15 @@ def test_a_stop_waits_one_second_for_those_that_do_not_hang_up_whatever_the_cloc
         assert stuck.file.read() == b""
 
 
+def test_an_abrupt_shutdown_waits_for_no_response(timed: RiggedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 20.0)
+    with visit(timed.port, get("/prices")) as visitor:
+        assert read_all(visitor).endswith(b"[]"), "it does not hang up"
+        in_thread(timed.shutdown_abruptly)
+        timed.thread.join(10)
+        assert timed.has_ended
+
+
 def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
     server: PriceServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +148,20 @@ def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
     assert (server.has_ended, returned) == (True, [False])
 
 
-def test_a_start_that_fails_inside_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch, errors: list[str]) -> None:
+def test_a_start_returns_when_the_server_thread_owns_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin_late() -> None:
+        time.sleep(0.1)
+        serve()
+
+    server = PriceServer(ASSETS)
+    serve = server.serve_forever
+    monkeypatch.setattr(server, "serve_forever", begin_late)
+    server.run_forever(threaded=True)
+    assert call(server, threading.current_thread) is server.thread
+    server.shutdown_gracefully()
+
+
+def test_a_start_that_fails_does_not_hang(monkeypatch: pytest.MonkeyPatch, errors: list[str]) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -155,18 +178,6 @@ def test_a_start_that_fails_inside_the_loop_does_not_hang(monkeypatch: pytest.Mo
     errors.clear()
 
 
-def test_a_start_that_fails_before_the_loop_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    server = PriceServer(ASSETS)
-    monkeypatch.setattr(threading.Thread, "start", fail)
-    with pytest.raises(RuntimeError, match="new thread"):
-        server.run_forever(threaded=True)
-    server.shutdown_gracefully()
-    assert server.has_ended
-
-
 def test_a_server_that_never_ran_releases_its_port_and_files(updates: Updates) -> None:
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
@@ -180,13 +191,17 @@ def test_a_server_that_never_ran_releases_its_port_and_files(updates: Updates) -
     assert (process.num_fds(), threading.active_count()) == (files, threads)
 
 
-def test_a_port_that_is_taken_is_an_oserror_and_leaves_nothing_open(server: PriceServer) -> None:
-    assert PriceServer.allow_reuse_address == (os.name == "posix"), "Windows would let two servers share it"
+@pytest.mark.parametrize(("history", "error"), [("new.db", OSError), (".", ValueError)])
+def test_a_taken_port_or_an_unusable_history_file_leaves_nothing_open(
+    server: PriceServer, tmp_path: Path, history: str, error: type[Exception]
+) -> None:
+    assert PriceServer.allow_reuse_address == (os.name == "posix"), "Windows would let two servers share a port"
     process = psutil.Process()
     files, threads = process.num_fds(), threading.active_count()
-    with pytest.raises(OSError, match="in use"):
-        PriceServer(ASSETS, port=server.port)
-    assert (process.num_fds(), threading.active_count()) == (files, threads)
+    with pytest.raises(error, match=r"in use|is a directory"):
+        PriceServer(ASSETS, port=server.port, history_file=str(tmp_path / history))
+    wait_for(lambda: threading.active_count() <= threads, what="threads ended")
+    assert process.num_fds() == files
 
 
 def test_a_server_without_a_selector_raises_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +216,9 @@ def test_a_server_without_a_selector_raises_oserror(monkeypatch: pytest.MonkeyPa
 # In the foreground
 
 
-def test_a_foreground_run_stops_at_an_interrupt_and_puts_the_handler_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_foreground_run_handles_an_interrupt_if_nothing_else_does_and_puts_the_handler_back(before: Any) -> None:
+    default = signal.signal(signal.SIGINT, before)
     during: list[object] = []
 
     def stop(client: dict[str, Any], server: PriceServer, message: str) -> None:
@@ -213,9 +229,8 @@ def test_a_foreground_run_stops_at_an_interrupt_and_puts_the_handler_back() -> N
     server.set_fn_message_received(stop)
     in_thread(lambda: RawClient(server.port, after=frame(TEXT, b"stop")))
     server.run_forever()
-    assert server.has_ended
-    assert during != [before]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (during == [before]) == (before is signal.SIG_IGN)
+    assert signal.signal(signal.SIGINT, default) is before
 
 
 FOREGROUND = """

@@ -103,12 +103,12 @@ def test_prices_are_stale_a_minute_after_the_last_success(status: Status, clock:
 
 
 def test_a_server_is_paused_until_the_next_poll_has_ended(status: Status, clock: Clock) -> None:
+    poll(status, BTC=1.0)
     status.paused = True
-    assert status.state() == "paused"
     clock.now = 1_000.0
     assert status.state() == "paused"
     status.note_poll(0.1, None, None)
-    assert status.state() == "starting"
+    assert status.state() == "stale"
 
 
 def test_prices_are_stale_after_3_intervals_but_not_within_a_minute() -> None:
