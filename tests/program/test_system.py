@@ -435,7 +435,7 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_so() -> None:
         ((1024, -1), True, [(-1, -1)]),  # unlimited
         ((1024, 1 << 20), False, []),
         ((256, -1), (10_050, -1), [(10_050, -1)]),  # macOS says "unlimited" and does not mean it
-        ((10_050, -1), (10_050, -1), []),
+        ((20_000, -1), (10_050, -1), []),
     ],
 )
 def test_the_limit_of_files_is_raised_as_far_as_allowed(
