@@ -160,7 +160,7 @@ def test_times_have_their_offset(monkeypatch: pytest.MonkeyPatch, zone: str, off
 
 
 @pytest.mark.parametrize(
-    ("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("NOTICE", 5), ("WARNING", 4), ("ERROR", 3)]
+    ("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("NOTICE", 5), ("WARNING", 4), ("ERROR", 3), ("CRITICAL", 2)]
 )
 def test_under_journald_each_line_has_its_priority_and_no_time(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: str, priority: int
@@ -252,8 +252,9 @@ def test_a_missing_module_is_exit_2_and_one_line_with_the_way_out(module: str, s
 
 
 def test_the_command_of_a_missing_package_is_one_for_the_python_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = shlex.split(system.explain_missing("requests.adapters"))[-1]
-    assert Path(requirements) == ROOT / "requirements.txt"
+    monkeypatch.setattr(sys, "executable", "/a place/python")
+    words = shlex.split(system.explain_missing("requests.adapters"))
+    assert words[-6:] == ["/a place/python", "-m", "pip", "install", "-r", str(ROOT / "requirements.txt")]
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)  # without a virtual environment
     command = system.explain_missing("requests").partition("start with ")[2]
     assert f"{command} --demo" in (ROOT / "README.md").read_text(encoding="utf-8")
