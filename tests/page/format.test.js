@@ -12,7 +12,7 @@ const utc = (text) => Date.parse(`${text}Z`) / 1000;
 test('a price keeps the digits that matter', () => {
   const shown = {
     45000: '45,000.00', 0.0934: '0.0934', 0.00001234: '0.00001234', 177.534123456789: '177.53', 0.093412345: '0.093412',
-    9.99999: '10.00', 1065000000.4: '1,065,000,000', 1e300: '1.0000e+300', 9.21e-7: '0.00000092100',
+    9.99999: '10.00', 25000000000000.4: '25,000,000,000,000', 1e300: '1.0000e+300', 9.21e-7: '0.00000092100',
     1e-9: '0.0000000010000', 1.2345678e-12: '0.0000000000012346', 1e-13: '1.0000e-13', 0.1: '0.10' };
   for (const [price, text] of Object.entries(shown)) assert.equal(formatPrice(Number(price)), text);
 });
@@ -45,6 +45,9 @@ test('a time names its zone, and its day unless that is today', () => {
   assert.match(formatTime(utc('2026-10-25T01:30:00'), now), /^02:30 (CET|GMT\+1)$/);
   assert.match(formatTime(utc('2026-10-20T10:00:00'), now, {}), /^20 Oct, 12:00$/);
   assert.match(formatTime(utc('2025-10-20T10:00:00'), now, {}), /^20 Oct 2025, 12:00$/);
+  process.env.TZ = 'Asia/Tokyo';  // the visitor travels
+  assert.match(formatTime(utc('2026-10-25T00:30:00'), now), /^09:30 (JST|GMT\+9)$/);
+  process.env.TZ = 'Europe/Berlin';
 });
 
 test('what a person types is read as a price or not at all', () => {
@@ -68,10 +71,11 @@ test('the grid has three or four round prices', () => {
 });
 
 test('the grid has round times by the clock of the visitor', () => {
-  const end = utc('2026-11-26T09:10:00'), shown = (span) => (
+  const shown = (span, end = utc('2026-11-26T09:10:00')) => (
     roundTimes(end - span, end).map((time) => formatRoundTime(time, span)));
   assert.deepEqual(shown(HOUR), ['09:15', '09:30', '09:45', '10:00']);  // Berlin
   assert.deepEqual(shown(DAY), ['12:00', '18:00', '26 Nov', '06:00']);
   assert.deepEqual(shown(7 * DAY), ['21 Nov', '23 Nov', '25 Nov']);
+  assert.deepEqual(shown(7 * DAY, utc('2026-10-28T09:10:00')), ['23 Oct', '25 Oct', '27 Oct']);  // summer time ended
   assert.deepEqual(shown(365 * DAY), ['Jan 2026', 'Apr', 'Jul', 'Oct']);
 });

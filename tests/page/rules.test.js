@@ -56,8 +56,8 @@ test('an alert fires once for each crossing, and again only after the price was 
     alert = seen.alert;
   }
   assert.deepEqual(fired, [99.95, 100.05, 98]);
-  const first = watch(newAlert(100, null), 99);
-  assert.deepEqual([first.crossed, first.alert.side, watch(first.alert, 101).crossed], [false, -1, true]);
+  const first = watch(newAlert(100, null), 101);
+  assert.deepEqual([first.crossed, first.alert.side, watch(first.alert, 99).crossed], [false, 1, true]);
 });
 
 test('the time of an asset is measured by the poll, and never by another asset', () => {

@@ -13,10 +13,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import trustme
+import urllib3
 from calling import error_of
 from raw import reset
 from running import ROOT
@@ -107,8 +109,11 @@ def test_what_is_wrong_with_the_connection_is_named(coin_api: StandIn) -> None:
     coin_api.say(b"no gzip", Content_Encoding="gzip")
     assert "Error -3 while decompressing data: incorrect header check" in str(error_of(api))
     assert error_of(api).cause == "bad_answer"
+    coin_api.say(rates_body(RATES), Connection="close")
+    assert api.fetch_prices(("BTC",))
     coin_api.answer = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)
     assert str(error_of(api)).startswith("no response from CoinAPI: ")
+    assert len(coin_api.requests) == 4, "the last one's connection was new, so it is not sent again"
 
 
 def test_a_response_cut_off_half_way_is_a_failed_poll(coin_api: StandIn) -> None:
@@ -196,6 +201,8 @@ def test_a_new_connection_that_is_lost_is_a_failed_poll_and_so_is_a_second_loss(
 
 def test_what_is_sent_again_has_the_rest_of_the_same_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 2.0)
+    connect = Mock(wraps=urllib3.util.connection.create_connection)
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
 
     def close_late(client: socket.socket) -> None:
         time.sleep(1.4)
@@ -204,10 +211,10 @@ def test_what_is_sent_again_has_the_rest_of_the_same_deadline(monkeypatch: pytes
         api = CoinApi(KEY, url=f"http://{server.address}")
         assert api.fetch_prices(("BTC",))
         server.first = 3
-        started = time.monotonic()
         assert error_of(api).cause == "timeout"
-        assert 1.9 < time.monotonic() - started < 3.3
         assert server.requests == 3
+    first, again = (call.args[1] for call in connect.call_args_list)
+    assert (first, again < 0.7) == (3.0, True), "connecting again has no more than that rest either"
 
 
 def test_a_socks_proxy_without_its_package_names_the_remedy() -> None:
@@ -227,7 +234,6 @@ def test_a_refused_connection_is_named_without_addresses_that_change(coin_api: S
     coin_api.server.shutdown()
     coin_api.server.server_close()
     assert str(error_of(api)) == "no response from CoinAPI: Connection refused"
-    assert error_of(api).cause == "connection"
 
 
 def test_a_host_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +334,7 @@ def over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 class Proxy(Peer):
     """`with Proxy() as proxy:` a proxy for HTTPS; `asked` has what it was told.
 
-    says: the answer instead of a tunnel. drips: a byte every 20 ms after it.
+    says: the answer instead of a tunnel. drips: a byte every 20 ms after it, for up to 2 s.
     """
 
     def __init__(self, says: bytes | None = None, drips: bool = False):
@@ -342,7 +348,7 @@ class Proxy(Peer):
         self.asked.append(head)
         if self.says is not None:
             client.sendall(self.says)
-            while self.drips:
+            for _ in range(100 if self.drips else 0):
                 client.sendall(b" ")
                 time.sleep(0.02)
             return
@@ -402,9 +408,7 @@ def test_the_deadline_holds_over_tls_and_through_a_proxy(
     with Proxy() as proxy:
         if proxied:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        started = time.monotonic()
         assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no response from CoinAPI: not complete within 0.2 s"
-        assert time.monotonic() - started < 1.8
         assert len(proxy.asked) == proxied
 
 
@@ -455,7 +459,7 @@ def test_a_proxy_that_cannot_be_one_is_a_failed_poll_without_its_password(
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: "])
 def test_a_proxy_that_drips_times_out(over_tls: StandIn, monkeypatch: pytest.MonkeyPatch, says: bytes) -> None:
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
-    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 3.0)
+    monkeypatch.setattr(module, "RESPONSE_TIMEOUT", 30.0)
     with Proxy(says, drips=True) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert str(error_of(CoinApi(KEY, url=over_tls.url))) == "no response from CoinAPI: no connection within 0.2 s"

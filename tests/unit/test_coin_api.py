@@ -178,7 +178,7 @@ def test_retry_after_is_honoured_up_to_15_minutes(
 
 def test_retry_after_may_be_a_date(http: responses.RequestsMock, api: CoinApi) -> None:
     in_a_minute = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    http.get(URL, status=429, headers={"Retry-After": in_a_minute})
+    http.get(URL, status=503, headers={"Retry-After": in_a_minute})
     assert error_of(api).retry_after == pytest.approx(60, abs=3)
 
 
@@ -206,7 +206,7 @@ def test_credits_are_read_from_old_and_new_headers(
 
 
 def test_credits_are_read_from_an_error_too(http: responses.RequestsMock, api: CoinApi) -> None:
-    http.get(URL, status=429, headers={"X-RateLimit-Used": "1000", "X-RateLimit-Remaining": "-7"})
+    http.get(URL, b" " * (2 << 20), status=429, headers={"X-RateLimit-Used": "1000", "X-RateLimit-Remaining": "-7"})
     error_of(api)
     assert (api.credits_used, api.credits_left) == (1000, -7)
 
@@ -258,7 +258,7 @@ def test_a_refused_address_is_shown_with_the_way_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["https://host:8443/path/", "http://127.0.0.1:8080", "http://localhost", "http://[::1]:1/x", "HTTPS://host"]
+    "url", ["https://host:8443/path/", "http://127.0.1.1:8080", "http://localhost", "http://[::1]:1/x", "HTTPS://host"]
 )
 def test_other_hosts_over_https_and_loopback_over_http_are_accepted(http: responses.RequestsMock, url: str) -> None:
     http.get(f"{url.rstrip('/')}/v1/exchangerate/EUR", rates_body({"BTC": 2.5}))

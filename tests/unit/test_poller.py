@@ -211,7 +211,6 @@ def test_a_retry_that_succeeds_starts_new_fixed_times() -> None:
 def test_the_next_trouble_begins_with_the_shortest_backoff_and_prices_are_told_once_to_be_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(NOTICE)
     failure = CoinApiError("x")
     assert run([failure, failure, GOOD, GOOD, failure], until=35)[0].polls == [0, 5, 15, 20, 25, 30, 35]
     assert [message for message in caplog.messages if message.startswith("prices again")] == [
@@ -256,9 +255,10 @@ def test_retry_after_counts_from_the_answer() -> None:
 
 def test_an_outage_is_one_warning_and_one_notice_with_its_length(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    run([GOOD, *[CoinApiError("CoinAPI answered 503: busy") for _ in range(3)]], until=36)
+    failure = CoinApiError("CoinAPI answered 503: busy")
+    run([GOOD, (2.0, failure), failure, failure], until=36)
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "no prices: CoinAPI answered 503: busy; next try in 5 s"),
+        ("WARNING", "no prices: CoinAPI answered 503: busy; next try in 3 s"),
         ("NOTICE", "prices again after 30 s, failed polls: 3"),
     ]
 
@@ -309,11 +309,11 @@ def test_no_exception_ends_the_poll_loop(error: BaseException, caplog: pytest.Lo
 
 
 def test_a_server_that_raises_does_not_end_the_poll_loop(caplog: pytest.LogCaptureFixture) -> None:
-    time, server = FakeTime(6), FakeServer()
+    time, server = FakeTime(16), FakeServer()
     source = FakeSource(time, [])
     server.note_poll = None  # type: ignore[assignment]
-    poller_of(time, source, server).run()
-    assert source.polls == [0, 5]
+    poller_of(time, source, server, interval=60).run()
+    assert source.polls == [0, 15]
     assert "the poll loop failed, and goes on" in caplog.messages
 
 
@@ -405,7 +405,7 @@ def test_it_is_ready_once_after_the_first_poll_unless_the_key_is_refused(outcome
 
 
 class IdleTime(FakeTime):
-    """A wait without a timeout is the pause: a client comes 100 s later."""
+    """A wait without a timeout is the pause: a client comes 100 s later; those of clients_at leave at once."""
 
     def __init__(self, until: float, server: FakeServer):
         super().__init__(until)
@@ -416,17 +416,18 @@ class IdleTime(FakeTime):
         if seconds is None:
             self.paused.append(self.server.paused)
             seconds = 100.0
-            self.server.client_count = 1
+            self.server.client_count = 0 if self.clients_at else 1
         super().wait(seconds)
 
 
 def test_an_idle_poller_pauses_and_polls_at_once_when_a_client_comes() -> None:
     server = FakeServer()
-    time = IdleTime(108, server)
+    time = IdleTime(148, server)
+    time.clients_at = [1040.0]
     source, ready = FakeSource(time, []), list[float]()
     poller_of(time, source, server, pause_when_idle=True, ready=lambda: ready.append(time.now)).run()
-    assert source.polls == [100, 105]
-    assert time.paused == [True]
+    assert source.polls == [140, 145]
+    assert time.paused == [True, True]
     assert server.paused is False
     assert ready[0] == 1000
 
