@@ -401,7 +401,7 @@ def test_a_hidden_page_lets_go_of_a_server_that_pauses_when_idle(page: Page, sta
     page.look_away(False)
     page.wait_for_state("Live")
     wait_for_price(page, "3.00")
-    assert page.browser.title == "3.00 BTC"
+    wait_for(lambda: page.browser.title == "3.00 BTC")
     assert len(server.clients) == 1
 
 
