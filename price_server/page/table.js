@@ -129,7 +129,7 @@ export class Table {
     this.#timer ||= setTimeout(() => this.#flush(), GATHER);
   }
 
-  // What is out of sight waits for the next drawing, or is scrolled to: each row costs a layout.
+  // What is out of sight waits for a drawing or a scroll: each row costs a layout.
   #flush() {
     const seen = [...this.#changed].filter((row) => !row.shownPrice || isInSight(row.tr.getBoundingClientRect()));
     for (const row of seen) {

@@ -477,3 +477,6 @@ def test_forty_assets_follow_their_prices(page: Page, start_server: StartServer)
     prices(server, 120.0)
     wait_for_price(page, "120.00")
     assert page.part("change") == ["+20.00%"] * 40
+    box = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
+    page.run("document.querySelector('#period').textContent = 'since 25 Nov, 16:32'")
+    assert page.run(box, "#period")["right"] < page.run(box, "#from")["left"]
