@@ -30,26 +30,22 @@ function inStorage(action) {
 
 function readAlert(key) {
   const alert = inStorage((storage) => JSON.parse(storage.getItem(key)));
-  return alert?.line > 0 && alert.line < Infinity && [-1, 0, 1].includes(alert.side) ? alert : null;
+  return alert?.line > 0 ? alert : null;
 }
 
 // Returns whether it is stored.
-function writeAlert(key, alert) {
-  const text = alert && JSON.stringify(alert);
-  return inStorage((storage) => {
-    if (alert) storage.setItem(key, text);
-    else storage.removeItem(key);
-    return true;
-  });
-}
+const writeAlert = (key, alert) => inStorage((storage) => {
+  if (alert) storage.setItem(key, JSON.stringify(alert));
+  else storage.removeItem(key);
+  return true;
+});
 
 let cannotConstruct = false;
 
 function notificationTrouble() {
   if (!isSecureContext) return 'Browsers show notifications only for https pages and for localhost.';
   if (typeof Notification === 'undefined' || cannotConstruct) return 'This browser shows no notifications from a tab.';
-  if (Notification.permission === 'denied') return 'Notifications of this page are blocked in the browser.';
-  return Notification.permission === 'granted' ? '' : 'Notifications of this page are not allowed yet.';
+  return Notification.permission === 'granted' ? '' : 'Notifications are blocked, or not allowed yet.';
 }
 
 function notify(text, tag) {
@@ -166,7 +162,7 @@ export class Alerts {
   async #set(line) {
     const isPrice = line > 0, isFirst = !this.table.hasAlert;
     this.#field.setAttribute('aria-invalid', String(!isPrice));
-    setText(byId('wrong'), isPrice ? '' : 'Not a price: type a number above 0, like 70000 or 0.093.');
+    setText(byId('wrong'), isPrice ? '' : 'Not a price: type a number above 0, like 0.093.');
     if (!isPrice || !this.#prefix) return;
     this.#field.value = line;
     this.#put(this.#row, newAlert(line, this.#row.price));
@@ -184,10 +180,10 @@ export class Alerts {
   }
 
   #tellWhatHappens() {
-    const isSet = Boolean(this.#row?.alert), trouble = notificationTrouble();
+    const trouble = notificationTrouble();
     const told = trouble ? `${trouble} A crossing shows here and in the title.` : 'A crossing also shows as a notification.';
     const kept = this.#isKept ? '' : ' It cannot be stored: it ends with this page.';
-    setText(byId('how'), `${isSet ? 'Set. ' : ''}Type a price, or click in the chart. ${told}${kept}`);
-    byId('remove').hidden = !isSet;
+    setText(byId('how'), `Type a price, or click in the chart. ${told}${kept}`);
+    byId('remove').hidden = !this.#row?.alert;
   }
 }

@@ -19,9 +19,9 @@ let quote = '', hasSeconds = false, timer = 0;
 
 const setPath = (part, path) => part.setAttribute('d', path);
 
-// view: rows, range, polled, stale, interval, quote, drawn(row), finished()
-export function drawCharts(view) {
-  const { rows, range, stale } = view;
+// view: range, polled, stale, interval, quote
+export function drawCharts(table, view) {
+  const { rows } = table, { range, stale } = view;
   [quote, hasSeconds] = [view.quote, range.step < 60];
   const end = Math.min(now(), view.polled + stale);  // without prices time stands still
   for (const { points } of rows) prune(points, end - range.seconds);
@@ -34,18 +34,19 @@ export function drawCharts(view) {
   setText(byId('to'), formatTime(end, now()));
   const gap = 1.5 * range.step + stale;  // without a line
   const scale = { start, end, gap, late: oldest + late, isAlone: rows.length === 1 };
-  const draw = (row) => {
-    drawChart(row, scale);
-    view.drawn(row);
-  };
   clearTimeout(timer);
-  drawSlice([...rows.map((row) => () => draw(row)), view.finished]);
+  drawSlice(table, scale, rows.slice());
 }
 
-function drawSlice(queue) {
+function drawSlice(table, scale, rows) {
   const until = performance.now() + SLICE;
-  do queue.shift()(); while (queue.length && performance.now() < until);
-  if (queue.length) timer = setTimeout(drawSlice, 16, queue);
+  while (rows.length && performance.now() < until) {
+    const row = rows.shift();
+    drawChart(row, scale);
+    if (row.price !== null) table.show(row);
+  }
+  if (rows.length) timer = setTimeout(drawSlice, 16, table, scale, rows);
+  else table.sortUnlessUsed();
 }
 
 function setScale(row, { start, end }) {

@@ -47,7 +47,7 @@ export class Feed {
     this.hangUp('opening', TIMEOUT);
     this.#attempt += 1;
     this.answered = this.#isRefused = false;
-    if (this.health || !this.wanted.length) this.#openFirst();
+    if (this.health || !this.wanted.length) this.#openFirst();  // else it waits for /healthz
     this.askHealth();
   }
 
@@ -79,7 +79,7 @@ export class Feed {
 
   #receive(line, update) {
     if (!update.asset_id) return;
-    if (line === this.#trial) {
+    if (line === this.#trial) {  // it brings prices: now the stream may go
       line.follows = this.#line;
       this.#line.close();
       [this.#line, this.#trial] = [line, null];
@@ -115,6 +115,7 @@ export class Feed {
   }
 
   #lose(trouble) {
+    // Soon, where prices came before.
     this.failures = this.#line?.seen.size ? 1 : this.failures + 1;
     this.trouble = trouble;
     this.hangUp('waiting', backoff(this.failures));
@@ -135,6 +136,7 @@ export class Feed {
     } else {
       this.answered = true;
       if (this.phase === 'opening') this.#continueAttempt();
+      // Polled, and nothing came: the connection is dead.
       else if (this.phase === 'open' && answered && this.health.polled - this.polled > ASLEEP) this.connect();
     }
     this.on.changed();

@@ -53,7 +53,7 @@ function take(row, { price, time }, { at, isNew, isGap }) {
 function takeHealth(isOther) {
   const { health, assets, only } = feed;
   if (isOther) {
-    table.clear();
+    table.arrange([]);
     past.forget();
   }
   if (assets.join() !== table.rows.map((row) => row.asset).join()) table.arrange(assets);
@@ -121,11 +121,9 @@ function draw() {
   drawn = steady();
   const off = table.mark(state === 'live', feed.polled, (asset) => feed.hasSeen(asset));
   setText(byId('clocks'), off ? `The clocks of this server and of CoinAPI differ by about ${formatAge(off)}.` : '');
-  drawCharts({
-    rows: table.rows, range: past.range, polled: feed.polled, stale: staleAfter(),
-    interval: feed.health.interval_seconds, quote: feed.health.quote,
-    drawn: (row) => { if (row.price !== null) table.show(row); },
-    finished: () => table.sortUnlessUsed() });
+  drawCharts(table, {
+    range: past.range, polled: feed.polled, stale: staleAfter(),
+    interval: feed.health.interval_seconds, quote: feed.health.quote });
 }
 
 // The first prices of a connection, now known to be current.

@@ -48,6 +48,7 @@ export class Table {
   rows = [];
   #body = byId('rows');
   #changed = new Set();
+  #timer = 0;
   #tinted = [];
   #filter = '';
   #by = '';
@@ -59,6 +60,7 @@ export class Table {
     const [, sign, by] = /^(-?)(asset|price|change)$/.exec(getChoice('sort')) ?? [];
     if (by) [this.#by, this.#way] = [by, sign ? -1 : 1];
     this.#showSort();
+    addEventListener('scroll', () => this.#flush());
   }
 
   find(asset) { return this.rows.find((row) => row.asset === asset); }
@@ -79,11 +81,6 @@ export class Table {
       if (this.rows.length > 1) parts.asset.href = linkTo(asset);
       else parts.asset.removeAttribute('href');
     }
-  }
-
-  clear() {
-    this.rows = [];
-    this.#changed.clear();
   }
 
   filter(text) {
@@ -128,13 +125,18 @@ export class Table {
   change(row, price, isNew) {
     row.price = price;
     row.isMoved ||= isNew;
-    if (!this.#changed.size) setTimeout(() => this.#flush(), GATHER);
     this.#changed.add(row);
+    this.#timer ||= setTimeout(() => this.#flush(), GATHER);
   }
 
+  // What is out of sight waits for a drawing or a scroll: each row costs a layout.
   #flush() {
-    for (const row of this.#changed) this.show(row);
-    this.#changed.clear();
+    const seen = [...this.#changed].filter((row) => !row.shownPrice || isInSight(row.tr.getBoundingClientRect()));
+    for (const row of seen) {
+      this.show(row);
+      this.#changed.delete(row);
+    }
+    this.#timer = 0;
     this.on.shown();
   }
 
@@ -171,6 +173,8 @@ export class Table {
     return isLive ? clocks : 0;
   }
 }
+
+const isInSight = ({ top, bottom }) => bottom >= 0 && top <= innerHeight;
 
 function tellLast({ points }) {
   const last = points.at(-1);

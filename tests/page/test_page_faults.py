@@ -99,6 +99,17 @@ def test_rows_do_not_move_away_under_the_pointer(page: Page, start_server: Start
     wait_for(lambda: page.part("asset")[:2] == ["BBB", "AAA"])
 
 
+def test_rows_out_of_sight_are_current_once_they_are_scrolled_to(page: Page, start_server: StartServer) -> None:
+    server = start_server(tuple(f"T{number:02}" for number in range(40)))
+    page.show(server, 1.0)
+    page.run("clock.held = true")  # no drawing
+    prices(server, 2.0)
+    wait_for(lambda: page.part("price")[0] == "2.00")
+    assert page.part("price")[-1] == "1.00"
+    page.run("scrollTo(0, document.body.scrollHeight)")
+    wait_for(lambda: page.part("price")[-1] == "2.00")
+
+
 def test_a_price_is_never_outside_its_low_and_high(page: Page, server: PriceServer) -> None:
     record(server, 3000, 10)
     page.show(server, 100.0, query="?range=1h")

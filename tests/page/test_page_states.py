@@ -401,7 +401,7 @@ def test_a_hidden_page_lets_go_of_a_server_that_pauses_when_idle(page: Page, sta
     page.look_away(False)
     page.wait_for_state("Live")
     wait_for_price(page, "3.00")
-    assert page.browser.title == "3.00 BTC"
+    wait_for(lambda: page.browser.title == "3.00 BTC")
     assert len(server.clients) == 1
 
 
@@ -477,3 +477,6 @@ def test_forty_assets_follow_their_prices(page: Page, start_server: StartServer)
     prices(server, 120.0)
     wait_for_price(page, "120.00")
     assert page.part("change") == ["+20.00%"] * 40
+    box = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
+    page.run("document.querySelector('#period').textContent = 'since 25 Nov, 16:32'")
+    assert page.run(box, "#period")["right"] < page.run(box, "#from")["left"]
