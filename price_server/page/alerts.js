@@ -12,8 +12,8 @@ const NEWS = 3;
 export function watch(alert, price) {
   const side = Math.sign(price - alert.line) || alert.side;
   const crossed = alert.isArmed && alert.side * side === -1;
-  const isAway = Math.abs(price / alert.line - 1) >= REARM;
-  return { crossed, alert: { ...alert, side, isArmed: isAway || (alert.isArmed && !crossed) } };
+  const isFar = Math.abs(price / alert.line - 1) >= REARM;
+  return { crossed, alert: { ...alert, side, isArmed: isFar || (alert.isArmed && !crossed) } };
 }
 
 export const newAlert = (line, price) => (

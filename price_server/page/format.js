@@ -14,7 +14,7 @@ function intl(Kind, locale, options, zone) {
   return formats.get(key);
 }
 
-// By the offset too, as the visitor may travel.
+// By the offset too: users travel.
 const formatDate = (date, options) => intl(Intl.DateTimeFormat, 'en-GB', options, date.getTimezoneOffset()).format(date);
 
 function withDecimals(number, decimals) {
