@@ -17,7 +17,6 @@ from price_server.connection import State
 
 pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
 
-Start = Callable[..., RiggedServer]
 Updates = Callable[[float], list[PriceUpdate]]
 FIRST_LINE = re.compile(rb"retry: (\d+)\n")
 

@@ -26,6 +26,7 @@ from rigged import (
     pass_time,
     sample,
     wait_for_value,
+    with_an_hour,
 )
 from running import ASSETS, wait_for
 
@@ -100,7 +101,7 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigge
         assert held(rigged) == (1 << 20) + 50_000
         narrowed.room = 2 << 20
         assert [client.read() for _ in range(16)] == [(TEXT, message.encode())] * 16
-        narrowed.room = 10
+        narrow(rigged, 10)
         for text in (*[message] * 16, "x" * 8):  # and a header of 2
             rigged.send_message(rigged.clients[0], text)
         assert len(rigged.clients) == 1
@@ -335,16 +336,6 @@ def test_what_is_held_is_counted_only_after_much_was_added(
     assert counts.call_count == 3
 
 
-def filled(start_server: Start, assets: tuple[str, ...]) -> RiggedServer:
-    """A server whose history has a poll every 10 s for an hour."""
-    clock = Clock()
-    server = start_server(assets, kind=RiggedServer, wall_clock=clock)
-    for number in range(360):
-        clock.now += 10.0
-        server.publish([PriceUpdate(asset, 45_000.5 + number, "t") for asset in assets])
-    return server
-
-
 def never_read(server: PriceServer, stack: contextlib.ExitStack, requests: list[bytes]) -> None:
     """Visitors that never read the response that waits for them."""
     before = sample(server, 'http_responses_total{status="200"}')
@@ -355,7 +346,7 @@ def never_read(server: PriceServer, stack: contextlib.ExitStack, requests: list[
 
 def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:
     assets = tuple(f"A{number:02}" for number in range(40))
-    server = filled(start_server, assets)
+    server = with_an_hour(start_server, assets)
     _, _, body = ask(server.port, get("/history"))
     chance = random.Random(2)
     subsets = [",".join(chance.sample(assets, 35)) for _ in range(100)]
@@ -370,7 +361,7 @@ def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(st
 def test_visitors_that_take_the_past_slowly_hold_no_more_than_what_is_counted(
     start_server: Start, target: str, headers: int
 ) -> None:
-    server = filled(start_server, ASSETS)
+    server = with_an_hour(start_server)
     head = get(target)[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(headers)]) + b"\r\n"
     with contextlib.ExitStack() as stack:
         tracemalloc.start()
@@ -381,7 +372,7 @@ def test_visitors_that_take_the_past_slowly_hold_no_more_than_what_is_counted(
 
 
 def test_a_visitor_that_takes_a_csv_as_fast_as_it_is_made_has_its_turn_and_no_more(start_server: Start) -> None:
-    server = filled(start_server, tuple(f"A{number:02}" for number in range(40)))
+    server = with_an_hour(start_server, tuple(f"A{number:02}" for number in range(40)))
     with visit(server.port) as visitor:
         wait_for(lambda: server.listener.accepted)
         taken: list[int] = []
