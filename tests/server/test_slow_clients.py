@@ -12,7 +12,7 @@ from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
-from raw import CLOSE, CONT, PING, PONG, TEXT, RawClient, ask, frame, get, read_all, request, visit
+from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, get, read_all, request, visit
 from rigged import (
     Clock,
     RiggedServer,
@@ -111,7 +111,7 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigge
     assert dropped(rigged) == {"queue_full": 1}
 
 
-# Deadlines
+# Deadlines; those of a request, a message and a full socket are in tests/unit/test_connection.py
 
 
 def test_the_limits_have_their_documented_values() -> None:
@@ -125,12 +125,6 @@ def test_the_limits_have_their_documented_values() -> None:
     assert (transport.CLIENT_TURN, transport.VISITOR_TURN) == (512, 4_096)
     assert PriceServer.request_queue_size == 1_024
     assert MAX_MESSAGE == 65_536
-
-
-def half_a_request(server: RiggedServer) -> Callable[[], object]:
-    sock = visit(server.port, request()[:-2])
-    wait_for(lambda: connections(server) == 1)
-    return lambda: sock.sendall(b"X")
 
 
 def a_response_after_which_nobody_hangs_up(server: RiggedServer) -> Callable[[], object]:
@@ -154,34 +148,12 @@ def a_denied_client_that_does_not_hang_up(server: RiggedServer) -> Callable[[], 
     return lambda: client.send(frame(TEXT, b"X"))
 
 
-def a_full_socket(server: RiggedServer) -> Callable[[], object]:
-    client, narrowed = RawClient(server.port), narrow(server)
-    server.publish([PriceUpdate("BTC", 1.0, "t")])
-
-    def step() -> None:
-        narrowed.room = 10
-        client.send(frame(PING))
-        server.publish([PriceUpdate("BTC", 2.0, "t")])
-
-    return step
-
-
-def an_unfinished_message(server: RiggedServer) -> Callable[[], object]:
-    client = RawClient(server.port)
-    client.send(frame(TEXT, b"x", fin=False) + frame(PING))
-    assert client.read() == (PONG, b"")
-    return lambda: client.send(frame(CONT, b"y", fin=False) + frame(PING))
-
-
 @pytest.mark.parametrize(
     ("begin", "limit", "reason"),
     [
-        (half_a_request, 10.0, ""),
         (a_response_after_which_nobody_hangs_up, 2.0, ""),
         (a_close_after_which_the_client_does_not_hang_up, 5.0, "no_close"),
         (a_denied_client_that_does_not_hang_up, 5.0, ""),
-        (a_full_socket, 30.0, "behind"),
-        (an_unfinished_message, 30.0, "unfinished"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -260,8 +232,6 @@ def test_a_client_that_hangs_up_without_a_close_is_gone_at_once(timed: RiggedSer
         client.socket.shutdown(socket.SHUT_WR)
         assert client.file.read() == b""
         gone(timed)
-    RawClient(timed.port).reset()
-    gone(timed)
 
 
 # Memory

@@ -46,3 +46,5 @@ def test_an_event_stream_carries_no_bytes() -> None:
 def test_a_websocket_ends_with_a_close_frame_and_an_event_stream_with_nothing() -> None:
     assert WEBSOCKET.encode_close(1001, "bye") == b"\x88\x05\x03\xe9bye"
     assert EVENT_STREAM.encode_close(1001, "bye") == b""
+    with pytest.raises(ValueError, match=r"^close reason of 124 bytes"):
+        WEBSOCKET.encode_close(1000, b"x" * 124)
