@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from proxies import DEPLOY, get, put, readme_block
+from proxies import DEPLOY, deployed, get, put, readme_block
 from running import ROOT, Tracker, outside, wait_for
 
 from price_server import PriceServer
@@ -34,10 +34,8 @@ def settings(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", UNITS)
 def test_systemd_accepts_the_unit_and_finds_it_safe(tmp_path: Path, name: str) -> None:
     outside("systemd-analyze")
-    unit = (DEPLOY / name).read_text()
-    for installed, here in (("venv/bin/python", sys.executable), ("tracker.py", str(ROOT / "tracker.py"))):
-        assert f"/opt/price-tracker/{installed}" in unit
-        unit = unit.replace(f"/opt/price-tracker/{installed}", here)
+    here = (("venv/bin/python", sys.executable), ("tracker.py", ROOT / "tracker.py"))
+    unit = deployed(name, *((f"/opt/price-tracker/{installed}", path) for installed, path in here))
     (tmp_path / name).write_text(unit)
     instance = tmp_path / name.replace("@", "@3031")
     verify = subprocess.run(["systemd-analyze", "verify", instance], capture_output=True, text=True)
@@ -113,8 +111,7 @@ class Machine:
         """Run a block of the README; its exit status."""
         for there in ("/opt/", "/etc/", "/var/lib/", "/root/"):
             block = block.replace(there, f"{self.folder}{there}")
-        for old, new in changes:
-            block = put(block, (old, new))
+        block = put(block, *changes)
         environment = os.environ | {"FOLDER": str(self.folder)}
         return subprocess.run(
             ["sh", "-c", self.STUBS + stubs + block], env=environment, stdout=subprocess.DEVNULL, timeout=60

@@ -246,6 +246,7 @@ def test_new_connections_are_denied_with_the_given_close_and_allowed_again(serve
         assert closed.value.rcvd
         assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "maintenance")
         assert old.ping().wait(5)
+        assert sample(server, 'clients_refused_total{reason="denied"}') == 1
         server.allow_new_connections()
         with honest(server) as new:
             assert new.ping().wait(5)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request, visit
+from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, request, visit
 from rigged import Blocked, RiggedServer, Socket, call, call_soon, dropped, in_thread, narrow, pass_time, wait_for_value
 from running import ASSETS, wait_for
 
@@ -64,15 +64,6 @@ def test_a_callback_that_blocks_holds_up_no_publisher_and_no_stop_for_long(
         release.set()
         assert client.read() == (CLOSE, b"\x03\xe9as told"), "what was given up is not sent later"
     wait_for(lambda: server.has_ended)
-
-
-def test_what_is_published_before_the_start_is_known_to_the_first_client(updates: Updates) -> None:
-    server = PriceServer(ASSETS)
-    server.publish(updates(1.0))
-    server.run_forever(threaded=True)
-    with honest(server) as client:
-        assert prices(client, 10) == ALL_AT[1]
-    server.shutdown_gracefully()
 
 
 def test_after_the_stop_all_calls_return_at_once(server: PriceServer, updates: Updates) -> None:

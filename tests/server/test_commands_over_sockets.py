@@ -2,30 +2,21 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from raw import BINARY, PING, PONG, TEXT, RawClient, fragments, frame, get, request, visit
-from rigged import RiggedServer, in_thread, wait_for_value
+from rigged import THREE, RiggedServer, in_thread, poll, wait_for_value
 from running import wait_for
 
-from coin_api import PriceUpdate
 from price_server import PriceServer
 
 pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
 
 Start = Callable[..., RiggedServer]
-Updates = Callable[[float], list[PriceUpdate]]
-Client = dict[str, Any]
-THREE = ("BTC", "ETH", "XRP")
 
 
 def command(**lists: list[str]) -> bytes:
     return frame(TEXT, json.dumps(lists).encode())
-
-
-def poll(price: float, *assets: str) -> list[PriceUpdate]:
-    return [PriceUpdate(asset, price, "t") for asset in assets or THREE]
 
 
 @pytest.fixture

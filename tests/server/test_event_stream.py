@@ -17,7 +17,6 @@ from price_server.connection import State
 
 pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
 
-Start = Callable[..., RiggedServer]
 Updates = Callable[[float], list[PriceUpdate]]
 FIRST_LINE = re.compile(rb"retry: (\d+)\n")
 
@@ -68,23 +67,15 @@ def test_a_stream_is_the_known_prices_and_each_poll_in_the_order_tracked(server:
         assert stream.prices(1) == [("SOL", 3.0)]
 
 
-def test_a_stream_has_only_the_assets_that_were_asked_for(server: PriceServer, updates: Updates) -> None:
-    server.publish(updates(1.0))
-    with Stream(server.port, "/stream?assets=sol,ETH,") as stream, Stream(server.port, "/stream?assets=") as none:
-        server.publish(updates(2.0))
-        server.send_message_to_all("end")
-        assert stream.prices(4) == [("ETH", 1.0), ("SOL", 1.0), ("ETH", 2.0), ("SOL", 2.0)]
-        assert [stream.read(), none.read()] == ["end", "end"]
-
-
-def test_streams_are_counted_among_the_clients(server: PriceServer, updates: Updates) -> None:
+def test_streams_are_counted_among_the_clients_and_each_gets_its_format(server: PriceServer, updates: Updates) -> None:
     left: list[int] = []
     server.set_fn_client_left(lambda client, server: left.append(client["id"]))
-    with Stream(server.port) as stream, RawClient(server.port):
+    with Stream(server.port) as stream, RawClient(server.port) as other:
         assert len(server.clients) == server.client_count == 2
         assert server.client_connected.is_set()
         assert server.clients[0]["address"] == stream.socket.getsockname()
         server.publish(updates(1.0))
+        assert stream.prices(10) == other.prices(10) == [(asset, 1.0) for asset in ASSETS]
         assert sample(server, 'clients_by_format{format="event_stream"}') == 1
         assert sample(server, 'clients_by_format{format="websocket"}') == 1
         assert sample(server, "clients") == 2

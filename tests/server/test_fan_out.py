@@ -11,38 +11,27 @@ from collections.abc import Callable
 
 import pytest
 from raw import CLOSE, PING, PONG, TEXT, RawClient, frame, honest, parse, prices, request
-from rigged import RiggedServer, in_thread, narrow, sample, wait_for_value
+from rigged import RiggedServer, in_thread, narrow, poll, sample, wait_for_value
 from running import ASSETS, wait_for
 
 from coin_api import PriceUpdate
 from price_server import PriceServer
-from price_server.frames import encode_frame
 
 pytestmark = pytest.mark.usefixtures("quick_stops", "errors")
 
-Start = Callable[..., RiggedServer]
 Updates = Callable[[float], list[PriceUpdate]]
-THREE = ("BTC", "ETH", "XRP")
-MANY = tuple(f"A{number:03}" for number in range(400))
-SIZE = len(encode_frame(TEXT, b'{"asset_id":"BTC","price":1.0,"time":"t"}'))  # of a frame of these
 
 
-def poll(price: float, *assets: str) -> list[PriceUpdate]:
-    return [PriceUpdate(asset, price, "t") for asset in assets or THREE]
-
-
-def test_a_new_client_gets_all_known_prices_in_the_order_tracked(server: PriceServer, updates: Updates) -> None:
+def test_every_client_gets_all_known_prices_and_each_poll_in_the_order_tracked(
+    server: PriceServer, updates: Updates
+) -> None:
     server.publish(reversed(updates(7.0)))
-    with honest(server) as client:
-        assert client.recv() == '{"asset_id":"BTC","price":7.0,"time":"2026-11-22T07:44:05.1234567Z"}'
-        assert prices(client, 9) == [(asset, 7.0) for asset in ASSETS[1:]]
-
-
-def test_a_poll_reaches_every_client_at_once_in_the_order_tracked(server: PriceServer, updates: Updates) -> None:
     with honest(server) as first, honest(server) as second:
-        server.publish(reversed(updates(1.0)))
+        server.publish(reversed(updates(8.0)))
         for client in (first, second):
-            assert prices(client, 10) == [(asset, 1.0) for asset in ASSETS]
+            assert client.recv() == '{"asset_id":"BTC","price":7.0,"time":"2026-11-22T07:44:05.1234567Z"}'
+            assert prices(client, 9) == [(asset, 7.0) for asset in ASSETS[1:]]
+            assert prices(client, 10) == [(asset, 8.0) for asset in ASSETS]
 
 
 def test_a_partial_publish_sends_only_what_is_new(server: PriceServer) -> None:
@@ -54,14 +43,6 @@ def test_a_partial_publish_sends_only_what_is_new(server: PriceServer) -> None:
         assert prices(client, 2) == [("SOL", 3.0), ("BTC", 4.0)]
         with honest(server) as late:
             assert prices(late, 3) == [("BTC", 4.0), ("ETH", 2.0), ("SOL", 3.0)]
-
-
-def test_a_client_gets_only_the_assets_it_asked_for(server: PriceServer, updates: Updates) -> None:
-    server.publish(updates(1.0))
-    with honest(server, "/ws?assets=sol,eth") as client:
-        server.publish([PriceUpdate("BTC", 2.0, "not for this client")])
-        server.publish(updates(3.0))
-        assert prices(client, 4) == [("ETH", 1.0), ("SOL", 1.0), ("ETH", 3.0), ("SOL", 3.0)]
 
 
 def test_what_is_not_sound_is_left_out_and_named_once_and_the_others_are_sent(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from raw import CLOSE, PING, PONG, RawClient, ask, frame, get, honest, read_all, request, visit
-from rigged import Blocked, RiggedServer, Socket, call, connections, dropped, gone, pass_time, sample, wait_for_value
+from rigged import Blocked, RiggedServer, Socket, call, connections, gone, pass_time, sample, wait_for_value
 from running import ASSETS, run_script, wait_for
 
 from coin_api import PriceUpdate
@@ -317,30 +317,3 @@ def test_the_one_over_max_clients_gets_503_and_is_let_in_when_one_leaves(
     gone(server)
     assert ask(server.port, request())[0] == 101
     assert warnings(caplog) == ["full, clients connected: 2; the next ones get 503"]
-
-
-def test_refusals_and_drops_are_counted_by_reason(start_server: Start) -> None:
-    server = start_server(max_clients=1, allow_origins=["https://example.org"])
-    ask(server.port, request(Upgrade=None))
-    ask(server.port, request(Sec_WebSocket_Version="8"))
-    ask(server.port, request(Sec_WebSocket_Key="x"))
-    ask(server.port, request("/ws?assets=DOGE"))
-    ask(server.port, get("/stream?assets=DOGE"))
-    ask(server.port, request(Origin="https://example.com"))
-    ask(server.port, request("/nothing"))  # no request for the feed
-    with RawClient(server.port):
-        assert sample(server, "clients") == 1
-        ask(server.port, request())
-        server.disconnect_clients_abruptly()
-    server.deny_new_connections()
-    with RawClient(server.port) as client:
-        assert client.read_close() == 1000
-    for reason, number in {"handshake": 3, "asset": 2, "origin": 1, "full": 1, "denied": 1}.items():
-        assert sample(server, f'clients_refused_total{{reason="{reason}"}}') == number
-    assert dropped(server) == {"disconnected": 1}
-    assert sample(server, 'clients_dropped_total{reason="disconnected"}') == 1
-    assert sample(server, 'clients_dropped_total{reason="behind"}') == 0
-    assert sample(server, "clients_accepted_total") == 1
-    assert sample(server, "clients") == 0
-    assert sample(server, "max_clients") == 1
-    assert sample(server, 'http_responses_total{status="400"}') == 3

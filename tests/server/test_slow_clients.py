@@ -12,7 +12,7 @@ from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
-from raw import CLOSE, CONT, PING, PONG, TEXT, RawClient, ask, frame, get, read_all, request, visit
+from raw import CLOSE, PING, PONG, TEXT, RawClient, ask, frame, get, read_all, request, visit
 from rigged import (
     Clock,
     RiggedServer,
@@ -26,6 +26,7 @@ from rigged import (
     pass_time,
     sample,
     wait_for_value,
+    with_an_hour,
 )
 from running import ASSETS, wait_for
 
@@ -100,7 +101,7 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigge
         assert held(rigged) == (1 << 20) + 50_000
         narrowed.room = 2 << 20
         assert [client.read() for _ in range(16)] == [(TEXT, message.encode())] * 16
-        narrowed.room = 10
+        narrow(rigged, 10)
         for text in (*[message] * 16, "x" * 8):  # and a header of 2
             rigged.send_message(rigged.clients[0], text)
         assert len(rigged.clients) == 1
@@ -110,7 +111,7 @@ def test_messages_queue_up_to_a_mebibyte_and_past_it_the_client_is_dropped(rigge
     assert dropped(rigged) == {"queue_full": 1}
 
 
-# Deadlines
+# Deadlines; those of a request, a message and a full socket are in tests/unit/test_connection.py
 
 
 def test_the_limits_have_their_documented_values() -> None:
@@ -124,12 +125,6 @@ def test_the_limits_have_their_documented_values() -> None:
     assert (transport.CLIENT_TURN, transport.VISITOR_TURN) == (512, 4_096)
     assert PriceServer.request_queue_size == 1_024
     assert MAX_MESSAGE == 65_536
-
-
-def half_a_request(server: RiggedServer) -> Callable[[], object]:
-    sock = visit(server.port, request()[:-2])
-    wait_for(lambda: connections(server) == 1)
-    return lambda: sock.sendall(b"X")
 
 
 def a_response_after_which_nobody_hangs_up(server: RiggedServer) -> Callable[[], object]:
@@ -153,34 +148,12 @@ def a_denied_client_that_does_not_hang_up(server: RiggedServer) -> Callable[[], 
     return lambda: client.send(frame(TEXT, b"X"))
 
 
-def a_full_socket(server: RiggedServer) -> Callable[[], object]:
-    client, narrowed = RawClient(server.port), narrow(server)
-    server.publish([PriceUpdate("BTC", 1.0, "t")])
-
-    def step() -> None:
-        narrowed.room = 10
-        client.send(frame(PING))
-        server.publish([PriceUpdate("BTC", 2.0, "t")])
-
-    return step
-
-
-def an_unfinished_message(server: RiggedServer) -> Callable[[], object]:
-    client = RawClient(server.port)
-    client.send(frame(TEXT, b"x", fin=False) + frame(PING))
-    assert client.read() == (PONG, b"")
-    return lambda: client.send(frame(CONT, b"y", fin=False) + frame(PING))
-
-
 @pytest.mark.parametrize(
     ("begin", "limit", "reason"),
     [
-        (half_a_request, 10.0, ""),
         (a_response_after_which_nobody_hangs_up, 2.0, ""),
         (a_close_after_which_the_client_does_not_hang_up, 5.0, "no_close"),
         (a_denied_client_that_does_not_hang_up, 5.0, ""),
-        (a_full_socket, 30.0, "behind"),
-        (an_unfinished_message, 30.0, "unfinished"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -259,8 +232,6 @@ def test_a_client_that_hangs_up_without_a_close_is_gone_at_once(timed: RiggedSer
         client.socket.shutdown(socket.SHUT_WR)
         assert client.file.read() == b""
         gone(timed)
-    RawClient(timed.port).reset()
-    gone(timed)
 
 
 # Memory
@@ -335,16 +306,6 @@ def test_what_is_held_is_counted_only_after_much_was_added(
     assert counts.call_count == 3
 
 
-def filled(start_server: Start, assets: tuple[str, ...]) -> RiggedServer:
-    """A server whose history has a poll every 10 s for an hour."""
-    clock = Clock()
-    server = start_server(assets, kind=RiggedServer, wall_clock=clock)
-    for number in range(360):
-        clock.now += 10.0
-        server.publish([PriceUpdate(asset, 45_000.5 + number, "t") for asset in assets])
-    return server
-
-
 def never_read(server: PriceServer, stack: contextlib.ExitStack, requests: list[bytes]) -> None:
     """Visitors that never read the response that waits for them."""
     before = sample(server, 'http_responses_total{status="200"}')
@@ -355,7 +316,7 @@ def never_read(server: PriceServer, stack: contextlib.ExitStack, requests: list[
 
 def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(start_server: Start) -> None:
     assets = tuple(f"A{number:02}" for number in range(40))
-    server = filled(start_server, assets)
+    server = with_an_hour(start_server, assets)
     _, _, body = ask(server.port, get("/history"))
     chance = random.Random(2)
     subsets = [",".join(chance.sample(assets, 35)) for _ in range(100)]
@@ -370,7 +331,7 @@ def test_distinct_subsets_of_40_assets_that_nobody_reads_hold_each_asset_once(st
 def test_visitors_that_take_the_past_slowly_hold_no_more_than_what_is_counted(
     start_server: Start, target: str, headers: int
 ) -> None:
-    server = filled(start_server, ASSETS)
+    server = with_an_hour(start_server)
     head = get(target)[:-2] + b"".join([b"X-%d: %b\r\n" % (number, b"x" * 320) for number in range(headers)]) + b"\r\n"
     with contextlib.ExitStack() as stack:
         tracemalloc.start()
@@ -381,7 +342,7 @@ def test_visitors_that_take_the_past_slowly_hold_no_more_than_what_is_counted(
 
 
 def test_a_visitor_that_takes_a_csv_as_fast_as_it_is_made_has_its_turn_and_no_more(start_server: Start) -> None:
-    server = filled(start_server, tuple(f"A{number:02}" for number in range(40)))
+    server = with_an_hour(start_server, tuple(f"A{number:02}" for number in range(40)))
     with visit(server.port) as visitor:
         wait_for(lambda: server.listener.accepted)
         taken: list[int] = []

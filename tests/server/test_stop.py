@@ -127,27 +127,6 @@ def test_an_abrupt_shutdown_waits_for_no_response(timed: RiggedServer, monkeypat
         assert timed.has_ended
 
 
-def test_a_shutdown_from_a_callback_marks_the_stop_and_returns(
-    server: PriceServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("price_server.loop.STOP_TIMEOUT", 30.0)  # not waited for: the client hangs up
-    returned: list[bool] = []
-
-    def stop(client: dict[str, Any], server: PriceServer, message: str) -> None:
-        server.shutdown_gracefully(1001, b"as told")
-        returned.append(server.has_ended)
-
-    server.set_fn_message_received(stop)
-    with honest(server) as client:
-        client.send("stop")
-        with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=5)
-        assert closed.value.rcvd
-        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "as told")
-    server.thread.join(10)
-    assert (server.has_ended, returned) == (True, [False])
-
-
 def test_a_start_returns_when_the_server_thread_owns_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin_late() -> None:
         time.sleep(0.1)

@@ -44,9 +44,7 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
-def frame(
-    opcode: int, payload: bytes = b"", fin: bool = True, rsv: int = 0, masked: bool = True, length: bytes = b""
-) -> bytes:
+def frame(opcode: int, payload: bytes = b"", fin: bool = True, masked: bool = True, length: bytes = b"") -> bytes:
     """One frame as a client sends it; `length` replaces the length field by any other."""
     size = len(payload)
     if not length:
@@ -54,7 +52,7 @@ def frame(
         length = short if size < 1 << 16 else struct.pack("!BQ", 127, size)
     mask = secrets.token_bytes(4) if masked else b""
     body = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload)) if masked else payload
-    return bytes([fin << 7 | rsv << 4 | opcode, length[0] | masked << 7]) + length[1:] + mask + body
+    return bytes([fin << 7 | opcode, length[0] | masked << 7]) + length[1:] + mask + body
 
 
 def fragments(opcode: int, *parts: bytes) -> bytes:
@@ -110,10 +108,8 @@ def read_head(file: BinaryIO) -> bytes:
 class RawClient:
     """A client that sends any bytes; `with RawClient(port) as client:` leaves it connected and upgraded."""
 
-    def __init__(
-        self, port: int, upgrade: bytes = b"", after: bytes = b"", receive_buffer: int = 0, timeout: float = 10
-    ):
-        self.socket = visit(port, receive_buffer=receive_buffer, timeout=timeout)
+    def __init__(self, port: int, upgrade: bytes = b"", after: bytes = b"", receive_buffer: int = 0):
+        self.socket = visit(port, receive_buffer=receive_buffer)
         self.file = self.socket.makefile("rb")
         self.socket.sendall((upgrade or request()) + after)
         self.status = read_head(self.file).partition(b"\r\n")[0]
@@ -177,15 +173,13 @@ class RawClient:
         reset(self.socket)
 
 
-def visit(
-    port: int, data: bytes = b"", receive_buffer: int = 0, timeout: float = 10, host: str = "127.0.0.1"
-) -> socket.socket:
+def visit(port: int, data: bytes = b"", receive_buffer: int = 0, host: str = "127.0.0.1") -> socket.socket:
     """A connection that has sent these bytes."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_buffer)
-    sock.settimeout(timeout)
+    sock.settimeout(10)
     sock.connect((host, port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(data)

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from running import wait_for
+from running import ASSETS, wait_for
 
+from coin_api import PriceUpdate
 from price_server import PriceServer
+
+THREE = ("BTC", "ETH", "XRP")
 
 
 class Clock:
@@ -119,6 +122,24 @@ class Blocked:
 
     def __exit__(self, *_: object) -> None:
         self.release.set()
+
+
+# What tests give a server
+
+
+def poll(price: float, *assets: str) -> list[PriceUpdate]:
+    return [PriceUpdate(asset, price, "t") for asset in assets or THREE]
+
+
+def with_an_hour(start_server: Callable[..., Any], assets: tuple[str, ...] = ASSETS) -> RiggedServer:
+    """A server whose history has a poll every 10 s for an hour, and whose clocks stand still."""
+    wall_clock = Clock()
+    wall_clock.now = 1_800_000_000.0
+    server: RiggedServer = start_server(assets, kind=RiggedServer, clock=Clock(), wall_clock=wall_clock)
+    for number in range(360):
+        wall_clock.now += 10.0
+        server.publish(poll(45_000.5 + number, *assets))
+    return server
 
 
 # What tests ask a server

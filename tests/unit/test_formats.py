@@ -24,11 +24,6 @@ def test_a_price_is_one_message_and_a_heartbeat_is_none(output: Format, price: b
     assert output.heartbeat == heartbeat
 
 
-def test_a_websocket_message_is_text_or_binary() -> None:
-    assert WEBSOCKET.encode_message("grüß") == b"\x81\x06gr\xc3\xbc\xc3\x9f"
-    assert WEBSOCKET.encode_message(b"\xff") == b"\x82\x01\xff"
-
-
 @pytest.mark.parametrize(
     ("message", "event"),
     [

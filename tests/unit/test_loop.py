@@ -280,8 +280,11 @@ def test_a_stop_goes_before_the_functions_that_wait(world: World, handler: Handl
     assert handler.seen == [None, None, "after", "a", "stop", "b", None, "after", "end"]
 
 
-def test_a_stop_and_a_call_in_the_loops_own_thread_return_at_once(world: World, handler: Handler) -> None:
+def test_a_stop_and_a_call_in_the_loops_own_thread_return_at_once(
+    world: World, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop: Loop = make_loop(world, handler, [lambda: loop.stop(), lambda: loop.call(lambda: "call")])
+    monkeypatch.setattr(loop.ended, "wait", lambda _: 1 // 0)  # which would wait for itself
     loop.run(handler)
     assert handler.seen == [None, "call", "after", "stop", None, "after", "end"]
 
