@@ -155,8 +155,11 @@ class _RangePoints:
         self._since: tuple[float, float] | None = None  # when `since` was last asked, and what it was
 
     def add(self, number: int, points: dict[str, bytes]) -> list[Dropped]:
-        numbers = [(asset, self._series[asset].add(number, point)) for asset, point in points.items()]
-        dropped = [(self.span.step, each, asset) for asset, each in numbers if each is not None]
+        dropped: list[Dropped] = []
+        for asset, point in points.items():
+            gone = self._series[asset].add(number, point)
+            if gone is not None:
+                dropped.append((self.span.step, gone, asset))
         since = self._since
         self._clear_shown()
         if since and not dropped and since[1] < number * self.span.step:

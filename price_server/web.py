@@ -248,13 +248,15 @@ class Site:
         return self._make_response(request, f"[{','.join(messages)}]".encode())
 
     def _price(self, asset_id: str) -> bytes:
-        try:
-            (asset,) = self.prices.choose([asset_id])
-        except ValueError as error:
-            raise HttpError(404, str(error)) from None
-        if asset not in self.prices.texts:
-            raise HttpError(503, f"no price of {asset} is known yet", Retry_After="5")
-        return self.prices.texts[asset].encode()
+        texts = self.prices.texts
+        if asset_id not in texts:
+            try:
+                (asset_id,) = self.prices.choose([asset_id])
+            except ValueError as error:
+                raise HttpError(404, str(error)) from None
+        if asset_id not in texts:
+            raise HttpError(503, f"no price of {asset_id} is known yet", Retry_After="5")
+        return texts[asset_id].encode()
 
     def _history_response(self, request: Request) -> Response:
         ranges = self.history.names
