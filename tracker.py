@@ -319,7 +319,7 @@ def poll_once(source: PriceSource, assets: Sequence[str]) -> int:
     if not valid:
         return 1
     try:
-        print("\n".join(valid[asset_id].to_json() for asset_id in assets if asset_id in valid), flush=True)
+        print("\n".join(valid[asset_id].text for asset_id in assets if asset_id in valid), flush=True)
     except OSError as error:
         # Otherwise Python would try at its exit to write the rest again, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,7 @@ No socket, no thread: the server thread owns a server's `Prices`.
 
 import math
 from collections.abc import Container, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .formats import FORMATS, Format
 
@@ -24,25 +24,38 @@ class Update(Protocol):
     def to_json(self) -> str: ...
 
 
+class Price(NamedTuple):
+    """A valid price of one asset."""
+
+    price: float
+    time: str
+    text: str  # the JSON that every client gets
+
+
 def split_valid(
     updates: Iterable[Update], assets: Iterable[str], expect_all: bool = False
-) -> tuple[dict[str, Update], dict[str, str]]:
-    """The valid updates by asset id, and for each other asset id what is wrong with it, in a few words.
+) -> tuple[dict[str, Price], dict[str, str]]:
+    """The valid prices by asset id, and for each other asset id what is wrong with it, in a few words.
 
     expect_all: an asset without an update has a fault too.
     """
     assets = dict.fromkeys(assets)
-    valid: dict[str, Update] = {}
+    valid: dict[str, Price] = {}
     faults: dict[str, str] = {}
     for update in updates:
         try:
             fault = _find_fault(update, assets)
+            if not fault:
+                text = update.to_json()
+                if isinstance(text, str):
+                    text.encode()  # raises for half of a surrogate pair
+                    valid[update.asset_id] = Price(update.price, update.time, text)
+                else:
+                    fault = "to_json() is not a text"
         except Exception as error:  # not an update, or one that lacks an attribute
             fault = type(error).__name__
         if fault:
             faults[_name(update)] = fault
-        else:
-            valid[update.asset_id] = update
     if expect_all:
         faults = dict.fromkeys(assets, "not in the response") | faults
     return valid, {asset_id: fault for asset_id, fault in faults.items() if asset_id not in valid}
@@ -67,13 +80,7 @@ def _find_fault(update: Update, assets: Container[str]) -> str:
         return "price inf"
     if not (price > 0 and math.isfinite(price)):
         return f"price {price:.6g}"
-    if not isinstance(update.time, str):
-        return f"time {str(update.time)[:40]!r} is not a text"
-    text = update.to_json()
-    if not isinstance(text, str):
-        return "to_json() is not a text"
-    text.encode()  # raises for half of a surrogate pair
-    return ""
+    return "" if isinstance(update.time, str) else f"time {str(update.time)[:40]!r} is not a text"
 
 
 class Feed:
@@ -90,21 +97,22 @@ class Prices:
     def __init__(self, assets: Sequence[str]):
         self.assets = tuple(assets)
         self._upper = [asset.upper() for asset in self.assets]
-        self.latest: dict[str, Update] = {}  # in the order tracked; only those that have had a price
-        self.texts: dict[str, str] = {}  # the same as JSON, as every client gets it
+        self.latest: dict[str, Price] = {}  # in the order tracked; only those that have had a price
         self.feeds = {each.name: Feed(each) for each in FORMATS}
 
-    def remember(self, updates: dict[str, Update]) -> None:
-        """Take a poll's valid updates; an asset that is not among them keeps its last price."""
-        texts = {asset: update.to_json() for asset, update in updates.items()}
-        self.latest = self._in_order(self.latest | updates)
-        self.texts = self._in_order(self.texts | texts)
+    def remember(self, prices: dict[str, Price]) -> None:
+        """Take a poll's valid prices; an asset that is not among them keeps its last price."""
+        self.latest = self._merge(self.latest, prices)
         for feed in self.feeds.values():
-            messages = {asset: feed.format.encode_price(text) for asset, text in texts.items()}
-            feed.messages = self._in_order(feed.messages | messages)
+            messages = {asset: feed.format.encode_price(price.text) for asset, price in prices.items()}
+            feed.messages = self._merge(feed.messages, messages)
 
-    def _in_order(self, by_asset: dict[str, T]) -> dict[str, T]:
-        return {asset: by_asset[asset] for asset in self.assets if asset in by_asset}
+    def _merge(self, before: dict[str, T], new: dict[str, T]) -> dict[str, T]:
+        """Both, in the order tracked."""
+        merged = before | new
+        if len(merged) == len(before):
+            return merged
+        return {asset: merged[asset] for asset in self.assets if asset in merged}
 
     def choose(self, asset_ids: Iterable[str]) -> tuple[str, ...]:
         """These assets, in the order tracked; case does not matter. Raises ValueError for one that is not tracked."""

@@ -24,7 +24,7 @@ from .frames import encode_close
 from .history import History
 from .hub import OWN_FILES, SPARE_VISITORS, Hub
 from .loop import Loop, LoopState, RateLimitedLog
-from .prices import Prices, Update, split_valid
+from .prices import Price, Prices, Update, split_valid
 from .status import Status
 from .transport import configure_listener
 from .version import __version__
@@ -132,19 +132,19 @@ class PriceServer(WebsocketServer):
         sent: list[str] = self._loop.call(lambda: self._publish(valid, faults))
         return sent
 
-    def _publish(self, updates: dict[str, Update], faults: dict[str, str]) -> list[str]:
-        self._note_faults(updates, faults)
-        if updates:
-            self._prices.remember(updates)
+    def _publish(self, prices: dict[str, Price], faults: dict[str, str]) -> list[str]:
+        self._note_faults(prices, faults)
+        if prices:
+            self._prices.remember(prices)
             self._status.note_success()
-            self._hub.fan_out(updates)
-            texts = {asset: json.dumps(update.price) for asset, update in updates.items()}
+            self._hub.fan_out(prices)
+            texts = {asset: json.dumps(price.price) for asset, price in prices.items()}
             poll = self._history.add(texts, self._wall_clock())
             if self._archive:
                 self._archive.write(poll)
-        return list(updates)
+        return list(prices)
 
-    def _note_faults(self, valid: dict[str, Update], faults: dict[str, str]) -> None:
+    def _note_faults(self, valid: dict[str, Price], faults: dict[str, str]) -> None:
         new = [f"{asset}: {fault}" for asset, fault in faults.items() if asset not in self._invalid]
         back = [asset for asset in valid if asset in self._invalid]
         self._invalid = self._invalid.union(faults).difference(back)

@@ -243,20 +243,20 @@ class Site:
     # The prices
 
     def _prices_response(self, request: Request) -> Response:
-        texts = self.prices.texts
-        messages = [texts[asset] for asset in self._requested_assets(request) if asset in texts]
+        latest = self.prices.latest
+        messages = [latest[asset].text for asset in self._requested_assets(request) if asset in latest]
         return self._make_response(request, f"[{','.join(messages)}]".encode())
 
     def _price(self, asset_id: str) -> bytes:
-        texts = self.prices.texts
-        if asset_id not in texts:
+        latest = self.prices.latest
+        if asset_id not in latest:
             try:
                 (asset_id,) = self.prices.choose([asset_id])
             except ValueError as error:
                 raise HttpError(404, str(error)) from None
-        if asset_id not in texts:
+        if asset_id not in latest:
             raise HttpError(503, f"no price of {asset_id} is known yet", Retry_After="5")
-        return texts[asset_id].encode()
+        return latest[asset_id].text.encode()
 
     def _history_response(self, request: Request) -> Response:
         ranges = self.history.names

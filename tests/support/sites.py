@@ -11,7 +11,7 @@ import pytest
 
 from coin_api import PriceUpdate
 from price_server.history import History
-from price_server.prices import Prices
+from price_server.prices import Prices, split_valid
 from price_server.status import Status
 from price_server.web import NewClient, Response, Site
 
@@ -86,7 +86,8 @@ def client(site: Site, head: bytes) -> NewClient:
 
 
 def poll(site: Site, **prices: float) -> None:
-    site.prices.remember({asset: PriceUpdate(asset, price, AT) for asset, price in prices.items()})
+    updates = [PriceUpdate(asset, price, AT) for asset, price in prices.items()]
+    site.prices.remember(split_valid(updates, prices)[0])
     site.status.note_success()
 
 

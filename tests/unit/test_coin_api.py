@@ -73,14 +73,17 @@ def test_an_invalid_rate_drops_only_its_asset(http: responses.RequestsMock, api:
     body = rates_body({"BTC": 0.5, "ETH": 4166.2}).replace(b"0.5", rate.encode())
     http.get(URL, body)
     valid, faults = split_valid(api.fetch_prices(("BTC", "ETH")), ("BTC", "ETH"))
-    assert valid == {"ETH": PriceUpdate("ETH", 4166.2, AT)}
+    assert valid == {"ETH": (4166.2, AT, PriceUpdate("ETH", 4166.2, AT).to_json())}
     assert faults["BTC"].startswith("price ")
 
 
 def test_of_two_rates_of_an_asset_the_sound_one_is_taken(http: responses.RequestsMock, api: CoinApi) -> None:
     rates = '{"asset_id_quote":"BTC","rate":2.5,"time":"t"},{"asset_id_quote":"BTC","rate":null,"time":"t"}'
     http.get(URL, f'{{"rates":[{rates}]}}')
-    assert split_valid(api.fetch_prices(("BTC",)), ("BTC",)) == ({"BTC": PriceUpdate("BTC", 2.5, "t")}, {})
+    assert split_valid(api.fetch_prices(("BTC",)), ("BTC",)) == (
+        {"BTC": (2.5, "t", PriceUpdate("BTC", 2.5, "t").to_json())},
+        {},
+    )
 
 
 @pytest.mark.parametrize("junk", ["null", "7", '"BTC"', "[]", "{}", '{"asset_id_quote":null,"rate":1.0,"time":"t"}'])
@@ -97,7 +100,7 @@ def test_a_time_that_is_not_a_string_drops_only_its_asset(
     bad = f'{{"asset_id_quote":"BTC","rate":1.0,"time":{time_text}}}'
     http.get(URL, f'{{"rates":[{bad},{{"asset_id_quote":"ETH","rate":2.5,"time":"t"}}]}}')
     valid, faults = split_valid(api.fetch_prices(("BTC", "ETH")), ("BTC", "ETH"))
-    assert valid == {"ETH": PriceUpdate("ETH", 2.5, "t")}
+    assert valid == {"ETH": (2.5, "t", PriceUpdate("ETH", 2.5, "t").to_json())}
     assert faults["BTC"].startswith("time ")
 
 

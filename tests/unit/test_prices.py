@@ -19,11 +19,15 @@ class Price(NamedTuple):
     def to_json(self) -> str:
         return json.dumps([self.asset_id, self.price], separators=(",", ":"))
 
+    @property
+    def kept(self) -> tuple[float, str, str]:
+        return self.price, self.time, self.to_json()
+
 
 def test_sound_prices_are_kept_as_they_came() -> None:
     updates = [Price("ETH", 2500.5), Price("BTC", 45_000), Price("XRP", 5e-324), Price("ADA", 1.7e308, "")]
     assert split_valid(iter(updates), ("BTC", "ETH", "XRP", "ADA")) == (
-        {"ETH": updates[0], "BTC": updates[1], "XRP": updates[2], "ADA": updates[3]},
+        {update.asset_id: update.kept for update in updates},
         {},
     )
 
@@ -46,7 +50,7 @@ def test_sound_prices_are_kept_as_they_came() -> None:
 )
 def test_a_price_that_is_not_a_finite_number_above_0_is_not_sound(price: object, fault: str) -> None:
     assert split_valid([Price("BTC", price), Price("ETH", 1)], ("BTC", "ETH")) == (
-        {"ETH": ("ETH", 1, TIME)},
+        {"ETH": Price("ETH", 1).kept},
         {"BTC": fault},
     )
 
@@ -77,22 +81,22 @@ def test_an_asset_that_is_not_tracked_is_not_sound(asset_id: object, name: str) 
     ],
 )
 def test_an_invalid_update_does_not_affect_the_others(update: Any, name: str, fault: str) -> None:
-    assert split_valid([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": ("ETH", 1, TIME)}, {name: fault})
+    assert split_valid([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": Price("ETH", 1).kept}, {name: fault})
 
 
 def test_an_asset_that_comes_twice_has_its_last_sound_price() -> None:
     updates = [Price("BTC", 0), Price("BTC", 1), Price("BTC", 2), Price("BTC", None)]
-    assert split_valid(updates, {"BTC"}) == ({"BTC": updates[2]}, {})
+    assert split_valid(updates, {"BTC"}) == ({"BTC": updates[2].kept}, {})
 
 
 def test_a_poll_must_have_every_asset_and_an_update_must_not() -> None:
     updates = [Price("BTC", 1), Price("ETH", None)]
     valid, faults = split_valid(updates, ("XRP", "BTC", "ETH"), expect_all=True)
     assert (valid, list(faults.items())) == (
-        {"BTC": updates[0]},
+        {"BTC": updates[0].kept},
         [("XRP", "not in the response"), ("ETH", "price 'None' is not a number")],
     )
-    assert split_valid(updates[:1], ("XRP", "BTC")) == ({"BTC": updates[0]}, {})
+    assert split_valid(updates[:1], ("XRP", "BTC")) == ({"BTC": updates[0].kept}, {})
 
 
 # The latest prices
@@ -100,23 +104,22 @@ def test_a_poll_must_have_every_asset_and_an_update_must_not() -> None:
 
 def make_prices(*updates: Price) -> Prices:
     prices = Prices(["BTC", "ETH", "XRP"])
-    prices.remember({update.asset_id: update for update in updates})
+    prices.remember(split_valid(updates, prices.assets)[0])
     return prices
 
 
 def test_there_are_no_prices_before_the_first_poll() -> None:
     prices = Prices(["BTC", "ETH"])
-    assert (prices.assets, prices.latest, prices.texts) == (("BTC", "ETH"), {}, {})
+    assert (prices.assets, prices.latest) == (("BTC", "ETH"), {})
     assert {name: feed.messages for name, feed in prices.feeds.items()} == {"websocket": {}, "event_stream": {}}
 
 
 def test_prices_are_in_the_order_tracked_and_stay_until_a_new_one_comes() -> None:
     prices = make_prices(Price("XRP", 3), Price("BTC", 1))
-    prices.remember({"ETH": Price("ETH", 2), "XRP": Price("XRP", 4)})
+    prices.remember(split_valid([Price("ETH", 2), Price("XRP", 4)], prices.assets)[0])
     assert list(prices.latest.items()) == [
-        *(("BTC", ("BTC", 1, TIME)), ("ETH", ("ETH", 2, TIME)), ("XRP", ("XRP", 4, TIME)))
+        (each.asset_id, each.kept) for each in (Price("BTC", 1), Price("ETH", 2), Price("XRP", 4))
     ]
-    assert list(prices.texts.items()) == [("BTC", '["BTC",1]'), ("ETH", '["ETH",2]'), ("XRP", '["XRP",4]')]
     assert list(prices.feeds["websocket"].messages.items()) == [
         *(("BTC", b'\x81\x09["BTC",1]'), ("ETH", b'\x81\x09["ETH",2]'), ("XRP", b'\x81\x09["XRP",4]'))
     ]

@@ -12,10 +12,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rigged import Clock
 
-from coin_api import CAUSES, PriceUpdate
+from coin_api import CAUSES
 from price_server import status as status_module
 from price_server.history import History
-from price_server.prices import Prices
+from price_server.prices import Price, Prices
 from price_server.status import Status
 
 ALL = ("BTC", "ETH", "SOL")
@@ -41,7 +41,7 @@ def make(*assets: str, **options: Any) -> Status:
 
 
 def poll(status: Status, **prices: float) -> None:
-    status.prices.remember({asset: PriceUpdate(asset, price, AT) for asset, price in prices.items()})
+    status.prices.remember({asset: Price(price, AT, "") for asset, price in prices.items()})
     status.note_success()
 
 
@@ -271,8 +271,7 @@ def test_each_metric_says_once_what_it_is(status: Status) -> None:
     ],
 )
 def test_a_price_has_the_time_that_its_source_says_or_none(status: Status, time: str, seconds: float | None) -> None:
-    status.prices.remember({"BTC": PriceUpdate("BTC", 1.0, AT), "ETH": PriceUpdate("ETH", 1.0, AT)})
-    status.prices.latest["BTC"] = PriceUpdate("BTC", 1.0, time)
+    status.prices.remember({"BTC": Price(1.0, time, ""), "ETH": Price(1.0, AT, "")})
     got = metrics(status)
     assert got.get("price_timestamp_seconds asset_id=BTC quote=USD") == seconds
     assert got["price_timestamp_seconds asset_id=ETH quote=USD"] == 1_795_333_445.123456
