@@ -1,8 +1,9 @@
 // The charts: their lines, the grid of a single one, and reading a point.
 
 import { formatPrice, formatRoundTime, formatTime, roundPrices, roundTimes } from './format.js';
+import { prune } from './history.js';
 import { byId, setText } from './layout.js';
-import { now, prune } from './server.js';
+import { now } from './server.js';
 import { showExtent } from './table.js';
 
 const SHORTEST = 300;  // seconds, of a server just started

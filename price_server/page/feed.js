@@ -1,6 +1,6 @@
 // The connection: WebSocket, else Server-Sent Events, else /prices.
 
-import { ASLEEP, ask, backoff, followServer, hasSlept, now, openLine, steady } from './server.js';
+import { ASLEEP, ask, backoff, followServer, hasSlept, now, openConnection, steady } from './server.js';
 
 const TIMEOUT = 20;  // seconds for /healthz, and for the feed to open without it
 const OPENING = 5;  // for one way to open, and for its first price
@@ -19,7 +19,7 @@ export class Feed {
   #attempt = 0;
   #deadline = Infinity;  // of the phase, by steady()
   #healthAsked = 0;  // Infinity while it is asked
-  #line = null;
+  #connection = null;
   #trial = null;  // a WebSocket beside a stream
   #isRefused = false;  // before /healthz had answered
   #socketAgain = 0;
@@ -33,16 +33,18 @@ export class Feed {
   get query() { return this.only && `?assets=${this.only}`; }
   get isFull() { return this.health.clients >= this.health.max_clients; }
   get hasNothingYet() { return this.answered && this.assets.every((id) => this.health.without_price.includes(id)); }
-  get isServed() { return this.phase === 'open' && (this.#line.seen.size > 0 || this.hasNothingYet); }
-  hasSeen(asset) { return Boolean(this.#line?.seen.has(asset)); }
+  get isServed() { return this.phase === 'open' && (this.#connection.seen.size > 0 || this.hasNothingYet); }
+  hasSeen(asset) { return Boolean(this.#connection?.seen.has(asset)); }
 
+  // Closes what is open; `seconds` later the phase is over.
   hangUp(phase, seconds = Infinity) {
-    this.#line?.close();
+    this.#connection?.close();
     this.#trial?.close();
-    this.#line = this.#trial = null;
+    this.#connection = this.#trial = null;
     [this.phase, this.#deadline] = [phase, steady() + seconds];
   }
 
+  // An attempt: /healthz and, where the assets are known, the feed beside it.
   connect() {
     this.hangUp('opening', TIMEOUT);
     this.#attempt += 1;
@@ -56,53 +58,54 @@ export class Feed {
   }
 
   #open(kind) {
-    this.#line?.close();
+    this.#connection?.close();
     this.phase = 'opening';
-    this.#line = this.#openLine(kind);
+    this.#connection = this.#openConnection(kind);
     if (this.answered) this.#deadline = steady() + OPENING;
   }
 
-  #openLine(kind) {
-    return openLine(kind, this.query, {
-      opened: (line) => this.#opened(line),
-      message: (line, event) => this.#receive(line, JSON.parse(event.data)),
-      closed: (line) => this.#closed(line),
+  #openConnection(kind) {
+    return openConnection(kind, this.query, {
+      opened: (connection) => this.#opened(connection),
+      message: (connection, event) => this.#receive(connection, JSON.parse(event.data)),
+      closed: (connection) => this.#closed(connection),
     });
   }
 
-  #opened(line) {
-    if (line === this.#trial) return;
+  #opened(connection) {
+    if (connection === this.#trial) return;
     this.phase = 'open';
     this.#deadline = steady() + OPENING;  // a proxy may hold prices back
     this.on.opened();
   }
 
-  #receive(line, update) {
+  #receive(connection, update) {
     if (!update.asset_id) return;
-    if (line === this.#trial) {  // it brings prices: now the stream may go
-      line.follows = this.#line;
-      this.#line.close();
-      [this.#line, this.#trial] = [line, null];
+    if (connection === this.#trial) {  // it brings prices: now the stream may go
+      connection.follows = this.#connection;
+      this.#connection.close();
+      [this.#connection, this.#trial] = [connection, null];
     }
     if (this.phase !== 'paused' && hasSlept()) return this.on.slept();
-    const isFirst = !line.seen.has(update.asset_id);  // it may be old
+    const isFirst = !connection.seen.has(update.asset_id);  // it may be old
     const isNew = !isFirst || (this.answered && this.health.age_seconds === null);
-    const isGap = isFirst && !line.follows?.seen.has(update.asset_id);
-    line.seen.add(update.asset_id);
+    const isGap = isFirst && !connection.follows?.seen.has(update.asset_id);
+    connection.seen.add(update.asset_id);
     this.#isPolling = false;
     if (isNew) this.polled = now();
     this.on.price(update, { at: this.polled, isNew, isGap });
   }
 
-  #closed(line) {
-    if (line === this.#trial) this.#trial = null;
+  #closed(connection) {
+    if (connection === this.#trial) this.#trial = null;
     else if (this.phase === 'opening') this.#fail();
     else this.#lose('lost');
   }
 
+  // This way did not open: after WebSocket the stream, after that none.
   #fail() {
-    const { kind } = this.#line;
-    this.#line.close();
+    const { kind } = this.#connection;
+    this.#connection.close();
     if (!this.answered && this.#healthAsked === Infinity) this.#isRefused = true;  // /healthz will say why
     else if (!this.answered) this.#lose('lost');
     else if (kind === 'socket' && !this.isFull) {
@@ -116,7 +119,7 @@ export class Feed {
 
   #lose(trouble) {
     // Soon, where prices came before.
-    this.failures = this.#line?.seen.size ? 1 : this.failures + 1;
+    this.failures = this.#connection?.seen.size ? 1 : this.failures + 1;
     this.trouble = trouble;
     this.hangUp('waiting', backoff(this.failures));
     this.on.changed();
@@ -145,7 +148,7 @@ export class Feed {
   #continueAttempt() {
     this.#deadline = steady() + OPENING;
     if (this.#isRefused) this.#fail();
-    else if (!this.#line) this.#openFirst();
+    else if (!this.#connection) this.#openFirst();
   }
 
   tick(isLive) {
@@ -154,17 +157,19 @@ export class Feed {
     else if (phase === 'opening' && isDue) this.answered ? this.#fail() : this.#lose('lost');
     else if (phase === 'open' && isDue && this.answered && !this.isServed) this.#fail();
     else if (phase === 'open' && isPast(this.#healthAsked, CHECK) && !(isLive && this.answered)) this.askHealth();
-    else if (phase === 'open' && this.#line.kind === 'stream' && isPast(this.#socketAgain, 0)) this.#trySocket();
+    else if (phase === 'open' && this.#connection.kind === 'stream' && isPast(this.#socketAgain, 0)) this.#trySocket();
     const isShut = phase !== 'open' && (this.trouble === 'full' || this.trouble === 'blocked');
     if (isShut && isPast(this.#pricesAsked, CHECK)) this.#askPrices();
   }
 
+  // Beside the stream, which stays until the socket brings prices.
   #trySocket() {
     this.#socketAgain = steady() + SOCKET_AGAIN;
     this.#trial?.close();
-    this.#trial = this.#openLine('socket');
+    this.#trial = this.#openConnection('socket');
   }
 
+  // Where neither way opens.
   async #askPrices() {
     this.#pricesAsked = steady();
     const updates = await ask(`prices${this.query}`, TIMEOUT);

@@ -4,9 +4,10 @@ import { Alerts } from './alerts.js';
 import { drawCharts, startReading } from './chart.js';
 import { Feed } from './feed.js';
 import { formatAge } from './format.js';
+import { addPoint, chooseRange, mergePoints, PriceHistory } from './history.js';
 import {
   byId, fitSoon, getChoice, setChoice, setText, showState, showTitle, stateOf, wanted } from './layout.js';
-import { addPoint, chooseRange, hasSlept, mergePoints, now, Past, socketAddress, steady } from './server.js';
+import { hasSlept, now, socketAddress, steady } from './server.js';
 import { Table } from './table.js';
 
 const HIDDEN = 600;  // seconds until a hidden page lets a server pause
@@ -14,12 +15,12 @@ const DRAW = 5;  // seconds between two drawings of the charts
 
 const feed = new Feed(wanted, {
   price: receive, health: takeHealth, changed: refresh, slept: startAgain,
-  opened: () => { past.askSoon(); refresh(); } });
+  opened: () => { priceHistory.askSoon(); refresh(); } });
 const table = new Table({
   arranged: fit,
   shown: tell,
   interval: () => feed.health?.interval_seconds ?? Infinity });
-const past = new Past(), alerts = new Alerts(table);
+const priceHistory = new PriceHistory(), alerts = new Alerts(table);
 const early = [];
 let state = 'connecting', drawn = -Infinity, hiddenSince = document.hidden ? steady() : Infinity;
 
@@ -42,19 +43,19 @@ function take(row, { price, time }, { at, isNew, isGap }) {
   row.time = Date.parse(time.replace(/\.\d+/, '')) / 1000 || 0;
   if (isGap) row.isAway = true;
   if (isNew) {
-    if (past.range) addPoint(row.points, [at, price], past.range);
+    if (priceHistory.range) addPoint(row.points, [at, price], priceHistory.range);
     alerts.check(row, price, row.isAway || at - row.at > staleAfter());
     Object.assign(row, { at, isAway: false });
   }
   table.change(row, price, isNew);
-  if (state !== 'live' || past.isDue || alerts.unseen) refresh();
+  if (state !== 'live' || priceHistory.isDue || alerts.unseen) refresh();
 }
 
 function takeHealth(isOther) {
   const { health, assets, only } = feed;
   if (isOther) {
     table.arrange([]);
-    past.forget();
+    priceHistory.forget();
   }
   if (assets.join() !== table.rows.map((row) => row.asset).join()) table.arrange(assets);
   takeEarly();
@@ -64,12 +65,12 @@ function takeHealth(isOther) {
   setText(byId('unknown'), missing.length ? `Not tracked here: ${missing.join(', ')}.` : '');
   byId('all').hidden = !only;
   document.body.dataset.source = health.source;
-  if (!past.chosen) showRange(chooseRange(health, getChoice('range'), now()));
+  if (!priceHistory.chosen) showRange(chooseRange(health, getChoice('range'), now()));
 }
 
 function showRange(range) {
   const { ranges } = feed.health, { children } = byId('ranges'), query = feed.only && `&assets=${feed.only}`;
-  past.choose(range);
+  priceHistory.choose(range);
   while (children.length < ranges.length) byId('ranges').append(document.createElement('button'));
   ranges.forEach((each, i) => {
     setText(children[i], each.name);
@@ -81,9 +82,9 @@ function showRange(range) {
   table.link();
 }
 
-async function loadPast() {
-  if (!past.isDue || (!feed.isServed && feed.phase !== 'waiting')) return;
-  const answer = await past.load(feed.only && `&assets=${feed.only}`);
+async function loadHistory() {
+  if (!priceHistory.isDue || (!feed.isServed && feed.phase !== 'waiting')) return;
+  const answer = await priceHistory.load(feed.only && `&assets=${feed.only}`);
   if (!answer) return;
   for (const row of table.rows) {
     row.points = mergePoints(row.points, answer[row.asset] ?? [], now());
@@ -99,14 +100,14 @@ function refresh(drawNow = false) {
   const { health } = feed;
   // The first prices are as old as /healthz says.
   if (feed.isServed && feed.answered) feed.polled = Math.max(feed.polled, health.polled);
-  loadPast();
+  loadHistory();
   state = stateOf(feed, table.rows, age() > staleAfter());
-  byId('rows').setAttribute('aria-busy', String(past.range?.name !== past.chosen?.name));
+  byId('rows').setAttribute('aria-busy', String(priceHistory.range?.name !== priceHistory.chosen?.name));
   showState(state, health, age(), feed.polled);
   if (state === 'live' && feed.answered) checkAlerts();
   tell();
   const isDue = drawNow || steady() - drawn >= DRAW;
-  if (isDue && health && past.range && !document.hidden && age() < Infinity) draw();
+  if (isDue && health && priceHistory.range && !document.hidden && age() < Infinity) draw();
 }
 
 function fit() {
@@ -122,7 +123,7 @@ function draw() {
   const off = table.mark(state === 'live', feed.polled, (asset) => feed.hasSeen(asset));
   setText(byId('clocks'), off ? `The clocks of this server and of CoinAPI differ by about ${formatAge(off)}.` : '');
   drawCharts(table, {
-    range: past.range, polled: feed.polled, stale: staleAfter(),
+    range: priceHistory.range, polled: feed.polled, stale: staleAfter(),
     interval: feed.health.interval_seconds, quote: feed.health.quote });
 }
 
@@ -137,7 +138,7 @@ function checkAlerts() {
 
 function startAgain() {
   feed.trouble = 'connecting';
-  past.askSoon();
+  priceHistory.askSoon();
   feed.connect();
   refresh(true);
 }

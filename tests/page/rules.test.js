@@ -6,7 +6,8 @@ globalThis.location = { href: 'http://127.0.0.1:3030/' };
 globalThis.document = { getElementById: () => null };
 const page = '../../price_server/page';
 const { newAlert, watch } = await import(`${page}/alerts.js`);
-const { addPoint, backoff, chooseRange, mergePoints, prune, socketAddress } = await import(`${page}/server.js`);
+const { addPoint, chooseRange, mergePoints, prune } = await import(`${page}/history.js`);
+const { backoff, socketAddress } = await import(`${page}/server.js`);
 const { compareRows, findWrongTimes } = await import(`${page}/table.js`);
 const { priceAt, xOf, yOf } = await import(`${page}/chart.js`);
 
