@@ -22,8 +22,8 @@ from .web import MAX_REQUEST, find_end
 REQUEST_TIMEOUT = 10.0  # seconds for a whole request, dribbled or not
 SLOW_CLIENT_TIMEOUT = 30.0  # seconds from when a client falls behind until it has caught up
 MESSAGE_TIMEOUT = 30.0  # seconds for a message to be complete
-DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to receive an HTTP response, and more by its size:
-DOWNLOAD_RATE = 8 << 10  # bytes for each second more
+DOWNLOAD_TIMEOUT = 30.0  # seconds for the peer to receive an HTTP response, plus its size / DOWNLOAD_RATE
+DOWNLOAD_RATE = 8 << 10  # bytes per second
 LINGER_TIMEOUT = 2.0  # seconds from the last byte of a response until the peer closes
 CLOSE_TIMEOUT = 5.0  # seconds from the last bytes for a client until it closes
 SHARED_SIZE = 4 << 10  # bytes; from this size on, a piece that several connections hold is counted once

@@ -111,7 +111,7 @@ class History:
         return Poll(at, prices, tuple(self._by_step), dropped)
 
     def load(self, step: int, texts: Mapping[str, bytes]) -> Snapshot:
-        """Add the points that a file has of one range before those in memory; of the same step, that in memory stays.
+        """Add the points that a file has of one range before those in memory, which win where both have one of a step.
 
         texts: by asset, points made by `encode_point` in the order of time, each step once, with commas between them.
         Returns what the archive must write: what was in memory already.
@@ -148,7 +148,7 @@ class _RangePoints:
         self.span = span
         self._series = {asset: _Series(span) for asset in assets}
         self._assets = tuple(self._series)
-        self._sorted: dict[str, bytes] = {}  # series whose points did not arrive in the order of time, in that order
+        self._sorted: dict[str, bytes] = {}  # the text in the order of time, of series that arrived out of order
         self._whole = b""  # the JSON of all assets, in one piece because most ask for that; b"" when it is not made
         self._members: dict[str, bytes] = {}  # the members of that JSON, for requests of some assets
         self._valid = (math.inf, -math.inf)  # from and until when both are right, epoch seconds
@@ -253,7 +253,7 @@ class _Series:
         if number == self._last:
             self.text[self.text.rindex(b"[") :] = point
             return None
-        if number < self._last:
+        if number < self._last:  # the clock was set back
             self._numbers.update(map(self._number, _split(self.text)))
         replaced = number in self._numbers
         if replaced:
@@ -293,6 +293,7 @@ class _Series:
         return number
 
     def _note_order(self) -> None:
+        """Find out again whether the times only rise."""
         numbers = [self._number(point) for point in _split(self.text)]
         self._numbers = set() if numbers == sorted(numbers) else set(numbers)
 

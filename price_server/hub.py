@@ -244,7 +244,7 @@ class Hub:
         joined: dict[tuple[Feed, tuple[str, ...]], tuple[tuple[str, ...], bytes]] = {}
         due: tuple[str, ...] = ()
         feed, followed, data, messages = NO_FEED, due, b"", 0
-        client = State.CLIENT  # a local name, because an Enum looks its members up slowly
+        client_state = State.CLIENT  # a local name, because an Enum looks its members up slowly
         # One loop with its fast path inline, because it runs 8,000 times.
         for connection in list(self.clients):
             if connection.assets is not followed or connection.feed is not feed:  # most are like the one before
@@ -257,7 +257,7 @@ class Hub:
                 due, data = joined[feed, followed]
             try:
                 sent = 0
-                if data and connection.outbox is None and connection.state is client:
+                if data and connection.outbox is None and connection.state is client_state:
                     try:
                         sent = connection.socket.send(data)
                     except BlockingIOError:

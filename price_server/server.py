@@ -39,7 +39,7 @@ class PriceServer(WebsocketServer):
     """Sends prices to every client; `run_forever(threaded=True)` starts it.
 
     assets: ids in the order in which every client gets them. interval: seconds between two polls.
-    history_file: keeps the price history over restarts; None for memory only.
+    history_file: keeps the price history across restarts; None for memory only.
     clock: monotonic seconds, for deadlines; age_clock: seconds that go on while the machine sleeps; wall_clock: epoch
     seconds.
 

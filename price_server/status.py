@@ -62,7 +62,7 @@ class Status:
     age_clock: Callable[[], float] = clocks.boottime  # seconds that go on while the machine sleeps
     wall_clock: Callable[[], float] = time.time
 
-    stale_floor = 60.0  # seconds; at a short interval, a few failed polls are not stale
+    stale_floor = 60.0  # seconds; at a short interval, a few failed polls do not make prices stale
 
     def __post_init__(self) -> None:
         self.started_at = self.wall_clock()  # epoch seconds

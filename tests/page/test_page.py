@@ -1,4 +1,4 @@
-"""What the page shows, in a real browser. How it keeps its connection stands in test_dashboard_states.py."""
+"""What the page shows, in a real browser. How it keeps its connection stands in test_page_states.py."""
 
 import os
 import re

@@ -45,7 +45,7 @@ def test_a_partial_publish_sends_only_what_is_new(server: PriceServer) -> None:
             assert prices(late, 3) == [("BTC", 4.0), ("ETH", 2.0), ("SOL", 3.0)]
 
 
-def test_what_is_not_sound_is_left_out_and_named_once_and_the_others_are_sent(
+def test_what_is_not_valid_is_left_out_and_named_once_and_the_others_are_sent(
     server: PriceServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = [PriceUpdate("DOGE", 1.0, ""), PriceUpdate("XRP", math.nan, ""), PriceUpdate("ADA", 0.0, "")]

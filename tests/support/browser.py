@@ -1,4 +1,4 @@
-"""Headless Chromium on the page, driven by Selenium: the fixtures and the eyes of the test_dashboard files."""
+"""Headless Chromium on the page, driven by Selenium: the fixtures and the eyes of the test_page files."""
 
 import json
 import re

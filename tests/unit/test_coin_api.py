@@ -77,7 +77,7 @@ def test_an_invalid_rate_drops_only_its_asset(http: responses.RequestsMock, api:
     assert faults["BTC"].startswith("price ")
 
 
-def test_of_two_rates_of_an_asset_the_sound_one_is_taken(http: responses.RequestsMock, api: CoinApi) -> None:
+def test_of_two_rates_of_an_asset_the_valid_one_is_taken(http: responses.RequestsMock, api: CoinApi) -> None:
     rates = '{"asset_id_quote":"BTC","rate":2.5,"time":"t"},{"asset_id_quote":"BTC","rate":null,"time":"t"}'
     http.get(URL, f'{{"rates":[{rates}]}}')
     assert split_valid(api.fetch_prices(("BTC",)), ("BTC",)) == (

@@ -333,7 +333,7 @@ def test_an_error_of_your_own_source_is_one_short_line(caplog: pytest.LogCapture
         ([PriceUpdate("BTC", -1.0, "t"), None], "no valid price for any asset", "bad_answer"),
     ],
 )
-def test_a_poll_without_any_sound_price_has_failed(prices: Any, reason: str, cause: str) -> None:
+def test_a_poll_without_any_valid_price_has_failed(prices: Any, reason: str, cause: str) -> None:
     source, server, _ = run([prices], until=6)
     assert source.polls == [0, 5]
     assert server.failures == [(reason, cause)]

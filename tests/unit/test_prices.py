@@ -24,7 +24,7 @@ class Price(NamedTuple):
         return self.price, self.time, self.to_json()
 
 
-def test_sound_prices_are_kept_as_they_came() -> None:
+def test_valid_prices_are_kept_as_they_came() -> None:
     updates = [Price("ETH", 2500.5), Price("BTC", 45_000), Price("XRP", 5e-324), Price("ADA", 1.7e308, "")]
     assert split_valid(iter(updates), ("BTC", "ETH", "XRP", "ADA")) == (
         {update.asset_id: update.kept for update in updates},
@@ -48,7 +48,7 @@ def test_sound_prices_are_kept_as_they_came() -> None:
         (["x" * 99], f'price "[\'{"x" * 38}" is not a number'),
     ],
 )
-def test_a_price_that_is_not_a_finite_number_above_0_is_not_sound(price: object, fault: str) -> None:
+def test_a_price_that_is_not_a_finite_number_above_0_is_not_valid(price: object, fault: str) -> None:
     assert split_valid([Price("BTC", price), Price("ETH", 1)], ("BTC", "ETH")) == (
         {"ETH": Price("ETH", 1).kept},
         {"BTC": fault},
@@ -58,14 +58,14 @@ def test_a_price_that_is_not_a_finite_number_above_0_is_not_sound(price: object,
 @pytest.mark.parametrize(
     ("time", "fault"), [(None, "time 'None' is not a text"), (12 * 10**39, f"time '12{'0' * 38}' is not a text")]
 )
-def test_a_time_that_is_not_a_text_is_not_sound(time: object, fault: str) -> None:
+def test_a_time_that_is_not_a_text_is_not_valid(time: object, fault: str) -> None:
     assert split_valid([Price("BTC", 2**1022, time)], ("BTC",)) == ({}, {"BTC": fault})
 
 
 @pytest.mark.parametrize(
     ("asset_id", "name"), [("DOGE", "DOGE"), ("btc", "btc"), (None, "None"), ([], "[]"), ("x" * 99, "x" * 40)]
 )
-def test_an_asset_that_is_not_tracked_is_not_sound(asset_id: object, name: str) -> None:
+def test_an_asset_that_is_not_tracked_is_not_valid(asset_id: object, name: str) -> None:
     assert split_valid([Price(asset_id, None)], ("BTC", "ETH")) == ({}, {name: "not tracked"})
 
 
@@ -84,7 +84,7 @@ def test_an_invalid_update_does_not_affect_the_others(update: Any, name: str, fa
     assert split_valid([update, Price("ETH", 1)], ("BTC", "ETH")) == ({"ETH": Price("ETH", 1).kept}, {name: fault})
 
 
-def test_an_asset_that_comes_twice_has_its_last_sound_price() -> None:
+def test_an_asset_that_comes_twice_has_its_last_valid_price() -> None:
     updates = [Price("BTC", 0), Price("BTC", 1), Price("BTC", 2), Price("BTC", None)]
     assert split_valid(updates, {"BTC"}) == ({"BTC": updates[2].kept}, {})
 
